@@ -1,0 +1,20 @@
+"""Context switches: the planner (Algorithm 1), its strategy, and the facade for custom engines."""
+
+from kvswitch.switch.facade import KVSwitch, Ready, Resumed, SwapTicket
+from kvswitch.switch.manager import Resumption, SwapManager
+from kvswitch.switch.sequence import SequenceState
+from kvswitch.switch.stats import SwapStats
+from kvswitch.switch.strategy import Arrival, Strategy
+
+__all__ = [
+    "Arrival",
+    "KVSwitch",
+    "Ready",
+    "Resumed",
+    "Resumption",
+    "SequenceState",
+    "Strategy",
+    "SwapManager",
+    "SwapStats",
+    "SwapTicket",
+]

@@ -1,0 +1,89 @@
+"""What a copy engine offers: queues that run copies in order, and events to wait for.
+
+The vocabulary is CUDA's, because its rules are the strict ones: a queue is a stream, work on it is
+asynchronous, and **a wait on an event that has not been recorded yet does not wait**. Whoever keeps
+to these rules on the CPU backend keeps to them on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvswitch.errors import TransferError
+from kvswitch.messages import Direction
+from kvswitch.transfer.plan import Copies
+
+__all__ = ["Backend", "DeadQueue", "Event", "Queue"]
+
+
+class DeadQueue(TransferError):  # noqa: N818 - names the state
+    """A queue that will never run anything again: its thread died, or its device is lost."""
+
+
+class Event(Protocol):
+    """A point in a queue. Each `Queue.record` moves it to a new point.
+
+    An event never recorded counts as reached, as on CUDA.
+    """
+
+    @property
+    def error(self) -> Exception | None:
+        """What failed between the event recorded before on that queue and this one; None before
+        the queue has come here. `DeadQueue` if it never will."""
+
+    @property
+    def time(self) -> float:
+        """When the queue came here, in `time.perf_counter` seconds; 0 before."""
+
+    def done(self) -> bool:
+        """Whether the queue has come here (or died). Does not block."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block the calling thread, without spinning, until done; False after `timeout` seconds."""
+
+
+class Queue(Protocol):
+    """Runs what it is given in order, asynchronously. Used by one thread at a time."""
+
+    def copy(self, copies: Copies, start: int, stop: int) -> None:
+        """Copy ``copies[start:stop]``, one window. The arrays must not change any more.
+
+        Raises
+        ------
+        DeadQueue
+            If the queue can take nothing any more (also when closed). Any other exception fails
+            just this window.
+        """
+
+    def record(self, event: Event | None = None) -> Event:
+        """Mark this point with `event`, or with a new one. DeadQueue as in `copy`."""
+
+    def wait(self, event: Event) -> None:
+        """Let later work of this queue wait until `event`, as recorded *now*, has been reached.
+
+        Never blocks the caller. An event not recorded yet does **not** wait; nor does one whose
+        work failed or whose queue died.
+        """
+
+
+class Backend(Protocol):
+    """Makes queues. Belongs to the one `TransferEngine` it is given to, which closes it."""
+
+    @property
+    def coalesce(self) -> bool:
+        """Whether runs are copied as wholes; False asks for one copy per block and region."""
+
+    def open_queue(self, direction: Direction) -> Queue:
+        """A queue of its own for transfers in this direction."""
+
+    def event(self) -> Event:
+        """An event not recorded yet."""
+
+    def fence(self, stream: object | None) -> Event | None:
+        """Everything the engine's compute `stream` (None: the current one) has been given so far.
+
+        None where compute is synchronous, so that there is nothing to wait for.
+        """
+
+    def close(self) -> None:
+        """Finish what the queues were given and free them. May be called again."""

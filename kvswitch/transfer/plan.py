@@ -1,0 +1,215 @@
+"""From block ids to copies: runs of blocks, then byte ranges in every region, cut into windows.
+
+Everything is a handful of numpy operations over whole arrays; nothing is done per block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvswitch.errors import ConfigError, TransferError
+from kvswitch.messages import BlockIds, Runs
+from kvswitch.transfer.layout import Layout
+
+__all__ = ["Copies", "coalesce", "lower"]
+
+Bytes = npt.NDArray[np.uint64]
+"""Addresses or byte counts, shape [n]."""
+
+# A copy is not cut within this fraction of a window from either of its ends.
+_SNAP = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Contiguous copies as a driver's batch call wants them: C-contiguous arrays, one per field.
+
+    Attributes
+    ----------
+    src, dst, nbytes : ndarray
+        uint64, shape [n]: addresses and length of each copy.
+    windows : ndarray
+        int64, shape [w + 1]: window k is copies windows[k] .. windows[k + 1] - 1.
+    num_copies : int
+        Copies before any was cut at the edge of a window; what the granularity of a transfer is
+        counted in.
+    """
+
+    src: Bytes
+    dst: Bytes
+    nbytes: Bytes
+    windows: npt.NDArray[np.int64]
+    num_copies: int
+
+
+def coalesce(src_ids: BlockIds, dst_ids: BlockIds) -> Runs:
+    """Merge pairs of block ids into as few runs as possible.
+
+    Parameters
+    ----------
+    src_ids, dst_ids : BlockIds
+        Shape [n]: block ``src_ids[i]`` is to be copied to block ``dst_ids[i]``. In any order.
+
+    Returns
+    -------
+    Runs
+        int32, shape [m, 3], ascending by source: pairs adjacent on both sides make one run.
+
+    Raises
+    ------
+    TransferError
+        If the ids do not pair up.
+    """
+    if src_ids.ndim != 1 or src_ids.shape != dst_ids.shape:
+        raise TransferError(
+            f"source and destination ids must pair up: shapes {src_ids.shape} and {dst_ids.shape}"
+        )
+    runs = np.empty((len(src_ids), 3), np.int32)
+    runs[:, 0], runs[:, 1], runs[:, 2] = src_ids, dst_ids, 1
+    return _merge(runs)
+
+
+def check_runs(runs: Runs, src: Layout, dst: Layout) -> None:
+    """TransferError unless `runs` is int32 [n, 3] and all its blocks exist on both sides."""
+    if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.int32:
+        raise TransferError(f"runs must be int32 [n, 3], not {runs.dtype} {list(runs.shape)}")
+    if not len(runs):
+        return
+    blocks = runs[:, 2]
+    if runs.min() < 0 or blocks.min() < 1:
+        raise TransferError("runs must have block ids >= 0 and at least one block each")
+    for side, layout in enumerate((src, dst)):
+        last = int(np.add(runs[:, side], blocks, dtype=np.int64).max()) - 1
+        if last >= layout.num_blocks:
+            raise TransferError(
+                f"{'destination' if side else 'source'} block {last} does not exist: "
+                f"there are {layout.num_blocks}"
+            )
+
+
+def lower(
+    runs: Runs, src: Layout, dst: Layout, *, window_bytes: int, coalesce: bool = True
+) -> Copies:
+    """Turn runs of blocks into copies of bytes, region by region, grouped in windows.
+
+    Parameters
+    ----------
+    runs : Runs
+        Runs of `src` blocks and `dst` blocks, in any order.
+    src, dst : Layout
+        Same bytes per block in the same regions; only addresses and strides may differ.
+    window_bytes : int
+        Most bytes a window, and hence a copy, may hold.
+    coalesce : bool
+        False: one copy for each block and region, as if nothing were contiguous.
+
+    Returns
+    -------
+    Copies
+        Region by region; inside one ascending by source and merged where adjacent on both sides.
+        No window holds more than `window_bytes`; all but the last hold at least 3/4 of it. Copies
+        up to 1/8 of a window are never cut, and no piece cut off is under 1/16 of it.
+
+    Raises
+    ------
+    ConfigError
+        If the layouts do not mirror each other, or `window_bytes` < 1.
+    TransferError
+        If a block does not exist.
+    """
+    if not src.mirrors(dst):
+        raise ConfigError("source and destination layouts differ in regions or bytes per block")
+    if window_bytes < 1:
+        raise ConfigError(f"window_bytes must be at least 1, not {window_bytes}")
+    check_runs(runs, src, dst)
+    if coalesce:
+        runs = _merge(runs)
+    if not (coalesce and src.dense and dst.dense):
+        runs = _split(runs)
+    # One strided pass per field: [regions, 1] and [n] broadcast to [regions, n].
+    blocks = runs.astype(np.uint64)
+    nbytes = np.multiply.outer(src.table[2], blocks[:, 2]).ravel()
+    sides = []
+    for layout, first in ((src, blocks[:, 0]), (dst, blocks[:, 1])):
+        address, stride, _ = layout.table
+        at = np.multiply.outer(stride, first)
+        at += address[:, None]
+        sides.append(at.ravel())
+    return _cut(sides[0], sides[1], nbytes, window_bytes)
+
+
+def _merge(runs: Runs) -> Runs:
+    """Sort by source and join runs that adjoin on both sides."""
+    if len(runs) < 2:
+        return runs
+    if (runs[1:, 0] < runs[:-1, 0]).any():
+        runs = runs[np.argsort(runs[:, 0], kind="stable")]
+    src, dst, blocks = runs.T
+    starts = np.empty(len(runs), np.bool_)
+    starts[0] = True
+    np.not_equal(src[1:], src[:-1] + blocks[:-1], out=starts[1:])
+    starts[1:] |= dst[1:] != dst[:-1] + blocks[:-1]
+    first = np.flatnonzero(starts)
+    if len(first) == len(runs):
+        return runs
+    merged = runs[first]
+    merged[:, 2] = np.add.reduceat(blocks, first)
+    return merged
+
+
+def _split(runs: Runs) -> Runs:
+    """Runs of one block each."""
+    src, dst, blocks = runs.T
+    total = int(blocks.sum())
+    if total == len(runs):
+        return runs
+    # Position i of the output is block i - before[run] of its run.
+    before = np.cumsum(blocks) - blocks
+    single = np.empty((total, 3), np.int32)
+    position = np.arange(total)
+    single[:, 0] = position + np.repeat(src - before, blocks)
+    single[:, 1] = position + np.repeat(dst - before, blocks)
+    single[:, 2] = 1
+    return single
+
+
+def _cut(src: Bytes, dst: Bytes, nbytes: Bytes, window_bytes: int) -> Copies:
+    """Group copies in windows.
+
+    The copies are laid end to end and cut every `step` bytes. A cut that falls within `snap` bytes
+    of an end of a copy moves there, which makes a window up to 2 * snap longer or shorter; `step`
+    leaves room for that.
+    """
+    num_copies = len(src)
+    end = np.cumsum(nbytes)
+    total = int(end[-1]) if num_copies else 0
+    if total <= window_bytes:
+        edges = [0, num_copies] if num_copies else [0]
+        return Copies(src, dst, nbytes, np.array(edges, np.int64), num_copies)
+    snap = window_bytes // _SNAP
+    step = window_bytes - 2 * snap
+    cuts = np.arange(step, total, step, dtype=np.uint64)
+    owner = np.searchsorted(end, cuts)  # the copy with begin < cut <= end
+    stop = end[owner]
+    begin = stop - nbytes[owner]
+    to_begin, to_stop = cuts - begin, stop - cuts
+    at_stop = to_stop <= np.minimum(to_begin, snap)
+    at_begin = ~at_stop & (to_begin <= snap)
+    cuts = np.where(at_stop, stop, np.where(at_begin, begin, cuts))
+    inside = ~(at_stop | at_begin)
+    begins = end - nbytes
+    if inside.any():
+        owner, offset = owner[inside], to_begin[inside]
+        begins = np.insert(begins, owner + 1, cuts[inside])
+        src = np.insert(src, owner + 1, src[owner] + offset)
+        dst = np.insert(dst, owner + 1, dst[owner] + offset)
+        nbytes = np.diff(begins, append=np.uint64(total))
+    if cuts[-1] == total:
+        cuts = cuts[:-1]
+    windows = np.empty(len(cuts) + 2, np.int64)
+    windows[0], windows[-1] = 0, len(src)
+    windows[1:-1] = np.searchsorted(begins, cuts)
+    return Copies(src, dst, nbytes, windows, num_copies)
