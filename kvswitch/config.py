@@ -44,6 +44,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         waits for swap-outs too.
     window : str or int
         Bytes that may be queued on the copy engine at once and direction (dispatch window).
+    preemption : {"switch", "recompute"}
+        "recompute" sends nothing: what leaves the device is recomputed. For comparison.
     first_group : int
         Expected size of a sequence's first block group, in blocks (paper section 3.1: 60).
     headroom : float
@@ -56,6 +58,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     backend: str = "auto"
     strategy: StrategyName = "adaptive"
     window: str | int = "8MiB"
+    preemption: Literal["switch", "recompute"] = "switch"
     first_group: int = 60
     headroom: float = 0.06
     reuse: bool = True

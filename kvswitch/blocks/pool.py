@@ -1,17 +1,30 @@
-"""The pool of block groups (section 3.1): runs of contiguous blocks instead of single ones."""
+"""The pool of block groups (section 3.1): runs of contiguous blocks instead of single ones.
+
+A pool of 24 blocks with two sequences, after the first has taken a second group::
+
+    A A A A B B B . A A . . . . . . . . . . . . . .
+    [group ][group ][ active   ][     free        ]
+                  |     |
+                  |     unused tail of A's active group
+                  unused tail of B's active group
+
+Unused tails are reserved for their sequences' growth, and yet free: when nothing else is left they
+are taken back.
+"""
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import numpy.typing as npt
 
-from kvswitch.blocks.free import CachedBlocks, FreeGroups, runs_of
+from kvswitch.blocks.active import ActiveGroups
+from kvswitch.blocks.cached import CachedBlocks
+from kvswitch.blocks.free import FreeGroups, runs_of
+from kvswitch.blocks.table import Table
 from kvswitch.errors import (
     ConfigError,
     IntegrityError,
@@ -26,14 +39,14 @@ __all__ = ["BlockGroupPool", "Groups"]
 
 @dataclass(frozen=True)
 class Groups:
-    """How the free memory of a pool lies, in blocks.
+    """How the free memory of a pool lies.
 
     Attributes
     ----------
     free : int
         Number of free groups without cached content.
     largest : int
-        Length of the largest of them.
+        Blocks in the largest of them.
     uncached, cached, tails : int
         Blocks in free groups, free blocks with cached content, and blocks in unused tails of
         active groups. Their sum is `BlockGroupPool.free_blocks`.
@@ -46,37 +59,6 @@ class Groups:
     tails: int
 
 
-class _Table:
-    """A sequence's blocks, and the unused tail [next, end) of its active group."""
-
-    __slots__ = ("born", "buffer", "end", "next", "size", "view")
-
-    def __init__(self) -> None:
-        self.buffer: BlockIds = np.empty(8, np.int32)
-        self.view: BlockIds | None = None
-        self.size = 0
-        self.next = 0
-        self.end = 0
-        self.born = 0  # size after the first allocation
-
-    def append(self, ids: BlockIds) -> None:
-        size = self.size + len(ids)
-        if size > len(self.buffer):
-            grown = np.empty(max(size, 2 * len(self.buffer)), np.int32)
-            grown[: self.size] = self.buffer[: self.size]
-            self.buffer = grown
-        self.buffer[self.size : size] = ids
-        self.size = size
-        self.view = None
-
-    def ids(self) -> BlockIds:
-        view = self.view
-        if view is None:
-            view = self.view = self.buffer[: self.size]
-            view.flags.writeable = False
-        return view
-
-
 class BlockGroupPool:
     """Blocks of one memory, given to sequences in groups that are as contiguous as can be.
 
@@ -85,7 +67,7 @@ class BlockGroupPool:
     num_blocks : int
         Blocks in the pool, at least 1.
     first_group : int, default 60
-        Size in blocks of a sequence's first group while nothing has been learned yet.
+        How many blocks a sequence is expected to grow by while nothing has been learned yet.
     headroom : float, default 0.0
         Share of the pool, in [0, 1), that `available` leaves out so that free groups stay large.
 
@@ -105,15 +87,14 @@ class BlockGroupPool:
         self.num_blocks = num_blocks
         self._headroom = int(num_blocks * headroom)
         self._growth = float(first_group)
-        self._tables: dict[Hashable, _Table] = {}
+        self._tables: dict[Hashable, Table] = {}
         self._free = FreeGroups(num_blocks)
         self._free.add(0, num_blocks)
         self._cached = CachedBlocks(num_blocks)
         self._references = array("i", bytes(4 * num_blocks))
         self._references_view = np.frombuffer(self._references, np.int32)
         self._free_blocks = num_blocks
-        self._tails: list[tuple[int, int, _Table]] = []  # heap of (-length, serial, table)
-        self._serial = count()
+        self._active = ActiveGroups(num_blocks)
 
     # --- how much there is ---
 
@@ -144,21 +125,28 @@ class BlockGroupPool:
             Size of the whole table afterwards. Nothing happens if it has as many.
         expected : int, optional
             Blocks the sequence is expected to need in all, which sizes its new active group.
+            By default this is learned from how much sequences came to grow.
 
         Raises
         ------
+        ConfigError
+            If `blocks` is negative.
         OutOfBlocks
             If too few blocks are free. Nothing has changed.
         """
         table = self._tables.get(sequence)
         if table is None:
             if blocks < 0:
-                raise ConfigError(f"cannot allocate {blocks} blocks")
-            table = _Table()
+                raise ConfigError(f"a table cannot have {blocks} blocks")
+            table = Table()
             self._grow(table, blocks, expected)
-            table.born = blocks
             self._tables[sequence] = table
-        elif blocks > table.size:
+            return
+        need = blocks - table.size
+        if need == 1 and table.next < table.end:
+            self._references[table.use_one()] = 1
+            self._free_blocks -= 1
+        elif need > 0:
             self._grow(table, blocks, expected)
 
     def table(self, sequence: Hashable) -> BlockIds:
@@ -172,77 +160,109 @@ class BlockGroupPool:
     def attach(self, sequence: Hashable, ids: BlockIds) -> None:
         """Append given blocks to the (new or existing) sequence; each gains a reference.
 
+        Blocks in use become shared; free ones are taken out of the free groups, with their cached
+        content. The active group ends: what the sequence grows by are other blocks.
+
         Raises
         ------
         ConfigError
             If an id is not of this pool, or named twice.
         InvalidTransition
-            If a block is reserved in the unused tail of an active group: its content means
-            nothing.
+            If a block is in the table already, or reserved in the unused tail of an active group.
         """
         ids = self._checked(ids)
-        idle = ids[self._references_view[ids] == 0]
+        table = self._tables.get(sequence)
+        if table is not None and (again := ids[np.isin(ids, table.ids())]).size:
+            raise InvalidTransition(f"block {again[0]} is already in the table of {sequence!r}")
+        counts = self._references_view[ids]
+        idle = ids[counts == 0]
         in_cache = self._cached.contains(idle)
-        cached, uncached = idle[in_cache], list(runs_of(idle[~in_cache]))
+        cached, uncached = idle[in_cache], runs_of(idle[~in_cache])
         for start, length in uncached:
-            group = self._free.containing(start)
-            if group is None or start + length > sum(group):
+            if start + length > sum(self._free.containing(start)):
                 raise InvalidTransition(
                     f"blocks {start} to {start + length - 1} are neither in use nor in a free "
                     "group, but reserved for a sequence's growth; they hold nothing to attach"
                 )
         for start, length in uncached:
-            group = self._free.containing(start)
-            assert group is not None
-            self._free.take(group, start, length)
+            self._free.take(self._free.containing(start), start, length)
         if len(cached):
             self._cached.remove(cached)
         self._free_blocks -= len(idle)
-        self._references_view[ids] += 1
-        table = self._tables.get(sequence)
+        self._references_view[ids] = counts + 1
         if table is None:
-            table = self._tables[sequence] = _Table()
-            table.born = len(ids)
+            table = self._tables[sequence] = Table()
         self._end_group(table)
-        table.append(ids)
+        table.extend(ids)
 
     def truncate(self, sequence: Hashable, blocks: int, *, cached: bool = False) -> None:
-        """Keep the first `blocks` of the sequence's table; the others lose a reference."""
+        """Keep the first `blocks` of the sequence's table; `release` the others.
+
+        Raises
+        ------
+        InvalidTransition
+            If the table has fewer than `blocks`.
+        """
         table = self._table(sequence)
         if not 0 <= blocks <= table.size:
-            raise InvalidTransition(f"cannot keep {blocks} blocks of a table of {table.size}")
-        dropped = table.ids()[blocks:]
-        # A new buffer: ids handed out before stay what they were.
-        table.buffer = np.concatenate([table.buffer[:blocks], np.empty(8, np.int32)])
-        table.size = blocks
-        table.view = None
-        self._end_group(table)
-        self._release(dropped, cached)
+            raise InvalidTransition(
+                f"cannot keep {blocks} blocks of {sequence!r}: its table has {table.size}"
+            )
+        if blocks < table.size:
+            self._end_group(table)
+            self._release(table.truncate(blocks), cached)
 
     def detach(self, sequence: Hashable) -> BlockIds:
         """Forget the sequence; its references pass to the caller, who must `release` them."""
         table = self._table(sequence)
         del self._tables[sequence]
-        self._growth += (table.size - table.born - self._growth) / 16
+        if table.born:
+            # Towards the median, in steps of an eighth.
+            step = max(self._growth, 1.0) / 8
+            grown = table.size - table.born
+            self._growth = max(self._growth + (step if grown > self._growth else -step), 0.0)
         self._end_group(table)
         return table.ids()
 
     def free(self, sequence: Hashable, *, cached: bool = False) -> None:
-        """Forget the sequence and release its blocks."""
+        """Forget the sequence and `release` its blocks."""
         self._release(self.detach(sequence), cached)
 
     # --- blocks ---
 
     def hold(self, ids: BlockIds) -> None:
-        """Add a reference (a lease) to each of `ids`, which must be in use."""
+        """Add a reference, a lease, to each of `ids`, which must be in use.
+
+        Raises
+        ------
+        ConfigError
+            If an id is not of this pool, or named twice.
+        InvalidTransition
+            If nobody references one of them.
+        """
         ids = self._checked(ids)
-        self._require_references(ids)
-        self._references_view[ids] += 1
+        self._references_view[ids] = self._in_use(ids) + 1
 
     def release(self, ids: BlockIds, *, cached: bool = False) -> None:
-        """Take a reference from each of `ids`; blocks without any become free."""
+        """Take a reference from each of `ids`; blocks without any become free.
+
+        Parameters
+        ----------
+        ids : BlockIds
+            In the order of their table.
+        cached : bool
+            Whether a prefix cache may still hit their content. Such blocks are used again after
+            all others: least recently released first, and of one release the last ones first.
+
+        Raises
+        ------
+        ConfigError
+            If an id is not of this pool, or named twice.
+        InvalidTransition
+            If nobody references one of them.
+        """
         ids = self._checked(ids)
-        self._require_references(ids)
+        self._in_use(ids)
         self._release(ids, cached)
 
     def references(self, ids: BlockIds) -> npt.NDArray[np.int32]:
@@ -250,13 +270,12 @@ class BlockGroupPool:
         return self._references_view[self._checked(ids)]
 
     def forget_cached(self, ids: BlockIds) -> None:
-        """Make those of `ids` that are free and cached ordinary free blocks."""
+        """Make those of `ids` that are free with cached content ordinary free blocks."""
         ids = self._checked(ids)
         ids = ids[self._cached.contains(ids)]
         if len(ids):
             self._cached.remove(ids)
-            for start, length in runs_of(ids):
-                self._free.add(start, length)
+            self._set_free(ids)
 
     # --- reports ---
 
@@ -272,19 +291,24 @@ class BlockGroupPool:
         )
 
     def check_integrity(self) -> None:
-        """Compare all bookkeeping with itself; raises IntegrityError. Linear in the pool."""
+        """Compare all bookkeeping with itself; linear in the pool.
+
+        Raises
+        ------
+        IntegrityError
+            With what is wrong. This is a bug.
+        """
         self._free.check_integrity()
         self._cached.check_integrity()
+        self._active.check_integrity(self._tables.values())
         owners = np.zeros(self.num_blocks, np.int32)
         claims = (self._references_view > 0).astype(np.int32)
         for start, length in self._free:
             claims[start : start + length] += 1
         claims[self._cached.ids()] += 1
-        for sequence, table in self._tables.items():
+        for table in self._tables.values():
             claims[table.next : table.end] += 1
-            np.add.at(owners, table.ids(), 1)
-            if not 0 <= table.size <= len(table.buffer):
-                raise IntegrityError(f"{sequence!r} has {table.size} blocks in its table")
+            owners[table.ids()] += 1
         if (wrong := np.flatnonzero(claims != 1)).size:
             raise IntegrityError(f"blocks {wrong[:8]} are claimed {claims[wrong[:8]]} times")
         if (wrong := np.flatnonzero(owners > self._references_view)).size:
@@ -294,7 +318,7 @@ class BlockGroupPool:
 
     # --- inside ---
 
-    def _table(self, sequence: Hashable) -> _Table:
+    def _table(self, sequence: Hashable) -> Table:
         try:
             return self._tables[sequence]
         except KeyError:
@@ -304,115 +328,105 @@ class BlockGroupPool:
         ids = np.asarray(ids, np.int32)
         if ids.ndim != 1:
             raise ConfigError(f"block ids must have one dimension, got {ids.ndim}")
-        ordered = ids if (ids[1:] > ids[:-1]).all() else np.sort(ids)
-        if len(ids) and not 0 <= ordered[0] <= ordered[-1] < self.num_blocks:
+        if not len(ids):
+            return ids
+        ordered = ids
+        if np.count_nonzero(ids[1:] <= ids[:-1]):
+            ordered = np.sort(ids)
+            if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+                raise ConfigError(f"block {twice[0]} is named twice")
+        if ordered[0] < 0 or ordered[-1] >= self.num_blocks:
             raise ConfigError(
                 f"block ids from {ordered[0]} to {ordered[-1]} in a pool of {self.num_blocks}"
             )
-        if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
-            raise ConfigError(f"block {twice[0]} is named twice")
         return ids
 
-    def _require_references(self, ids: BlockIds) -> None:
-        if (idle := ids[self._references_view[ids] == 0]).size:
+    def _in_use(self, ids: BlockIds) -> npt.NDArray[np.int32]:
+        """Return the reference counts of `ids`, none of which may be 0."""
+        counts = self._references_view[ids]
+        if np.count_nonzero(counts) < len(ids):
+            idle = ids[counts == 0]
             raise InvalidTransition(f"blocks {idle[:8]} are not in use: nobody references them")
+        return counts
 
     def _release(self, ids: BlockIds, cached: bool) -> None:
         left = self._references_view[ids] - 1
         self._references_view[ids] = left
-        ids = ids[left == 0]
+        if np.count_nonzero(left):
+            ids = ids[left == 0]
         if not len(ids):
             return
         self._free_blocks += len(ids)
         if cached:
             self._cached.add(ids)
         else:
-            for start, length in runs_of(ids):
-                self._free.add(start, length)
+            self._set_free(ids)
 
-    def _end_group(self, table: _Table) -> None:
-        if table.end > table.next:
-            self._free.add(table.next, table.end - table.next)
-        table.next = table.end = 0
+    def _set_free(self, ids: BlockIds) -> None:
+        for start, length in runs_of(ids):
+            self._free.add(start, length)
 
-    def _grow(self, table: _Table, blocks: int, expected: int | None) -> None:
+    def _grow(self, table: Table, blocks: int, expected: int | None) -> None:
         need = blocks - table.size
         if need > self._free_blocks:
             raise OutOfBlocks(
                 f"{need} more blocks needed, {self._free_blocks} of {self.num_blocks} are free; "
-                "preempt a sequence or wait until one ends"
+                "preempt a sequence, or wait until one ends"
             )
+        table.born = table.born or blocks
         need -= self._use(table, need)
         if not need:
             return
-        room = self._growth if expected is None else max(expected - blocks, 0)
-        room = int(min(room, (self._free_blocks - need) // (len(self._tables) + 1)))
+        room = self._room(blocks, need, expected)
         if table.size:
-            behind = int(table.buffer[table.size - 1]) + 1
+            behind = table.last + 1
             if length := self._free.at(behind):
                 taken = min(length, need + room)
                 self._free.take((behind, length), behind, taken)
-                self._activate(table, behind, taken)
+                self._active.activate(table, behind, taken)
                 need -= self._use(table, need)
         while need:
-            self._activate(table, *self._find(need, room))
+            self._active.activate(table, *self._find(need, room))
             need -= self._use(table, need)
 
-    def _use(self, table: _Table, need: int) -> int:
+    def _room(self, blocks: int, need: int, expected: int | None) -> int:
+        """How many blocks beyond those needed a new active group should have."""
+        wanted = self._growth if expected is None or expected <= blocks else expected - blocks
+        # Two thirds of what is free may lie in tails, a tenth of what would cost cached content;
+        # all sequences and this new one share it.
+        cached = self._cached.blocks
+        tails = max(self._free_blocks - cached - need, 0) * 2 // 3 + cached // 10
+        return int(min(wanted, tails // (len(self._tables) + 1)))
+
+    def _use(self, table: Table, need: int) -> int:
+        """Move up to `need` blocks from the active group's tail to the table; return how many."""
         used = min(need, table.end - table.next)
         if used:
-            stop = table.next + used
-            self._references_view[table.next : stop] = 1
-            table.append(np.arange(table.next, stop, dtype=np.int32))
-            table.next = stop
+            start = table.next
+            table.next += used
+            self._references_view[start : table.next] = 1
+            table.extend(np.arange(start, table.next, dtype=np.int32))
             self._free_blocks -= used
         return used
 
-    def _activate(self, table: _Table, start: int, length: int) -> None:
-        table.next, table.end = start, start + length
-        heapq.heappush(self._tails, (-length, next(self._serial), table))
-
     def _find(self, need: int, room: int) -> tuple[int, int]:
-        group = self._fit(need, room)
-        if group is None and self._cached.blocks:
-            for start, length in runs_of(self._cached.pop(need + room)):
-                self._free.add(start, length)
-            group = self._fit(need, room)
-        if group is not None:
-            return group
-        length = self._largest_tail()
-        if length > self._free.largest:
-            return self._take_back(min(length, need))
-        length = self._free.largest
-        group = self._free.best_fit(length)
-        assert group is not None
-        self._free.take(group, *group)
-        return group
-
-    def _fit(self, need: int, room: int) -> tuple[int, int] | None:
+        """Take a group (first block, length) for `need` blocks, or a part of them."""
+        if self._free.largest < need and self._cached.blocks:
+            missing = need + room + self._headroom - self._free.blocks
+            self._set_free(self._cached.pop(max(missing, 0)))
         largest = self._free.largest
         if largest < need:
-            return None
+            tail = self._active.largest()
+            if tail > largest:
+                return self._active.take_back(min(tail, max(need, tail // 2)))
         length = min(need + room, largest)
-        group = self._free.best_fit(length)
-        assert group is not None
-        self._free.take(group, group[0], length)
-        return group[0], length
+        start, size = self._free.best_fit(length)
+        # Leave room behind another sequence's active group, so that it can go on in place.
+        gap = min(room, size - length) if self._active.wants(start) else 0
+        self._free.take((start, size), start + gap, length)
+        return start + gap, length
 
-    def _largest_tail(self) -> int:
-        tails = self._tails
-        while tails:
-            length, serial, table = tails[0]
-            now = table.next - table.end
-            if now == length:
-                return -length
-            if now:
-                heapq.heapreplace(tails, (now, serial, table))
-            else:
-                heapq.heappop(tails)
-        return 0
-
-    def _take_back(self, length: int) -> tuple[int, int]:
-        table = self._tails[0][2]
-        table.end -= length
-        return table.end, length
+    def _end_group(self, table: Table) -> None:
+        start, length = self._active.end(table)
+        if length:
+            self._free.add(start, length)

@@ -124,6 +124,7 @@ class KVSwitch:
                 f"{layout.block_bytes} bytes: give kvswitch more"
             )
         self.block_tokens = block_tokens
+        self.layout = layout
         self._hooks = plugin_manager(plugins)
         if backend is None:
             backend = self._make_backend(config.backend, kv_cache)
@@ -135,6 +136,7 @@ class KVSwitch:
             first_group=config.first_group,
             headroom=config.headroom,
             strategy=config.strategy,
+            swap=config.preemption == "switch",
             reuse=config.reuse,
             on_lost=self._on_lost,
         )

@@ -77,6 +77,8 @@ class SwapManager:
         Share of the device pool that admission leaves free (`available_blocks`).
     strategy : {"adaptive", "async", "sync", "serial"}
         Whether the batch waits for swap-ins.
+    swap : bool
+        False: send nothing, ever; what leaves the device is recomputed (for comparison).
     reuse : bool
         Keep host copies after a swap-in, so that the next swap-out is incremental.
     on_lost : callable, optional
@@ -93,6 +95,7 @@ class SwapManager:
         first_group: int = 60,
         headroom: float = 0.06,
         strategy: StrategyName = "adaptive",
+        swap: bool = True,
         reuse: bool = True,
         on_lost: Callable[[Hashable, int], None] | None = None,
     ) -> None:
@@ -104,6 +107,7 @@ class SwapManager:
         self.block_bytes = block_bytes
         self._stats = SwapStats()
         self._strategy = Strategy(strategy)
+        self._swap = swap
         self._reuse = reuse
         self._headroom = device_blocks - self.device.available()
         self._sequences: dict[Hashable, SwapSequence] = {}
@@ -274,7 +278,9 @@ class SwapManager:
         self._truncate_device(s, s.tokens if tokens is None else min(tokens, s.capacity))
         self._move(s, SequenceState.IDLE)
         self._idle_blocks += s.capacity // self.block_tokens
-        if self.copies.covered(sequence) < s.tokens:
+        # In series nothing can be sent ahead of need: the batch would wait for it.
+        ahead = self._swap and self._strategy.mode != "serial"
+        if ahead and self.copies.covered(sequence) < s.tokens:
             self._uncopied[sequence] = s
 
     def truncate(self, sequence: Hashable, tokens: int) -> int:
@@ -420,6 +426,7 @@ class SwapManager:
     def _leave(self, s: SwapSequence, tokens: int, *, copy: bool) -> None:
         del s.keys[tokens // self.block_tokens :]
         self.copies.truncate(s.id, tokens)
+        copy = copy and self._swap
         fill = self._fill(s, tokens) if copy else None
         if s.state is SequenceState.IDLE:
             self._idle_blocks -= s.capacity // self.block_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -33,14 +34,13 @@ class HostArena:
     Raises
     ------
     ConfigError
-        If `nbytes` is not positive, or more than the machine or a control group leaves. Nothing has
-        been reserved then.
+        If `nbytes` is not positive, or more than the machine or a control group has left. Nothing
+        has been reserved then.
 
     Notes
     -----
-    The arena must stay open as long as a `TransferEngine` uses a layout of it. `close()` gives the
-    memory back at once, unless a view made by `bytes()` is still alive: then when the last of these
-    goes.
+    Keep the arena open as long as a `TransferEngine` uses a layout of it. `close` gives the memory
+    back at once, unless an array from `view` is alive: then when the last of these goes.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -52,25 +52,28 @@ class HostArena:
                     f"host memory of {_gib(nbytes)} does not fit: {limit.name} leaves "
                     f"{_gib(limit.free)}. {limit.remedy}, or ask for less"
                 )
+        self.nbytes: Final = nbytes
         try:
             self._memory: Final = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise ConfigError(
-                f"the system refuses {_gib(nbytes)} of host memory ({error.strerror}). Raise the "
-                "limit on address space (ulimit -v) or vm.overcommit_memory, or ask for less"
-            ) from error
-        self.nbytes: Final = nbytes
-        self._address: Final = self.bytes().ctypes.data
-        self._populate()
+            raise _refused(nbytes, error) from error
+        with suppress(OSError):  # huge pages where the kernel has them: they copy twice as fast
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._address: Final = self.view().ctypes.data
+        try:
+            self._populate()
+        except OSError as error:
+            self.close()
+            raise _refused(nbytes, error) from error
 
-    def bytes(self) -> npt.NDArray[np.uint8]:
-        """View all of it: uint8, shape [nbytes]."""
+    def view(self) -> npt.NDArray[np.uint8]:
+        """All of it as an array: uint8, shape [nbytes]."""
         return np.frombuffer(self._memory, np.uint8)
 
     def layout(self, device: Layout) -> Layout:
         """Lay out as many blocks like the device's as fit, region after region.
 
-        Blocks of one region adjoin, so that what is contiguous in block ids is contiguous in bytes.
+        The blocks of a region adjoin, so that what is contiguous in ids is contiguous in bytes.
 
         Raises
         ------
@@ -78,11 +81,12 @@ class HostArena:
             If not even one block fits, or the arena is closed.
         """
         if self._memory.closed:
-            raise ConfigError("the host arena is closed")
+            raise ConfigError("the host arena is closed: make a new one")
         blocks = self.nbytes // device.block_bytes
         if not blocks:
             raise ConfigError(
-                f"host memory of {self.nbytes} bytes holds no block of {device.block_bytes} bytes"
+                f"host memory of {self.nbytes} bytes cannot hold one block, which takes "
+                f"{device.block_bytes} bytes"
             )
         regions, address = [], self._address
         for region in device.regions:
@@ -92,22 +96,33 @@ class HostArena:
 
     def close(self) -> None:
         """Give the memory back (see Notes). May be called again."""
-        with suppress(BufferError):  # views are alive
+        with suppress(BufferError):  # some view is alive
             self._memory.close()
 
     def _populate(self) -> None:
         """Touch every page, in parallel, so that no copy has to stop for one."""
-        threads = min(8, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads, "kvswitch-populate") as pool:
-            for _ in pool.map(self._touch, range(0, self.nbytes, _STEP)):
-                pass
-
-    def _touch(self, start: int) -> None:
-        length = min(_STEP, self.nbytes - start)
         madvise = ctypes.CDLL(None, use_errno=True).madvise  # mmap.madvise would keep the GIL
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        if madvise(self._address + start, length, _POPULATE_WRITE):
-            ctypes.memset(self._address + start, 0, length)  # older kernels
+
+        def populate(start: int) -> None:
+            address, nbytes = self._address + start, min(_STEP, self.nbytes - start)
+            if madvise(address, nbytes, _POPULATE_WRITE):
+                code = ctypes.get_errno()
+                if code != errno.EINVAL:
+                    raise OSError(code, os.strerror(code))
+                ctypes.memset(address, 0, nbytes)  # a kernel older than that advice
+
+        threads = min(8, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(threads, "kvswitch-populate") as pool:
+            for _ in pool.map(populate, range(0, self.nbytes, _STEP)):
+                pass
+
+
+def _refused(nbytes: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the system refuses {_gib(nbytes)} of host memory ({error.strerror}). Raise the limit on "
+        "address space (ulimit -v) or vm.overcommit_memory, or ask for less"
+    )
 
 
 class _Limit(NamedTuple):

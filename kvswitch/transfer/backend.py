@@ -28,8 +28,10 @@ class Event(Protocol):
 
     @property
     def error(self) -> Exception | None:
-        """What failed between the event recorded before on that queue and this one; None before
-        the queue has come here. `DeadQueue` if it never will."""
+        """What failed on that queue since the event recorded before this one.
+
+        None until the queue has come here; `DeadQueue` if it never will.
+        """
 
     @property
     def time(self) -> float:

@@ -7,24 +7,20 @@ waits only if it has been recorded.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
-import numpy as np
-
-from kvswitch.errors import ConfigError, TransferError
+from kvswitch.errors import ConfigError
 from kvswitch.messages import Direction
 from kvswitch.transfer.backend import DeadQueue, Event
+from kvswitch.transfer.pieces import Pieces
 from kvswitch.transfer.plan import Copies
 
 __all__ = ["CpuBackend"]
 
-_IOV_MAX: Final = 1024  # most pieces the kernel takes in one call
+_BACK_OFF: Final = 0.25  # seconds without copies one by one after the GIL was slow to come
 
 
 class _Point:
@@ -64,49 +60,9 @@ class _CpuEvent:
         return self.point is None or self.point.reached.wait(timeout)
 
 
-class _Window:
-    """Pieces to copy. Made where the window is dispatched, to spare the copying thread the work."""
-
-    def __init__(self, copies: Copies, start: int, stop: int) -> None:
-        self.first: Final = start == 0  # of its transfer
-        nbytes = copies.nbytes[start:stop]
-        self.nbytes: Final = int(nbytes.sum())
-        self._pieces: Final = np.empty((2, stop - start, 2), np.uint64)  # as struct iovec
-        self._pieces[0, :, 0] = copies.dst[start:stop]
-        self._pieces[1, :, 0] = copies.src[start:stop]
-        self._pieces[:, :, 1] = nbytes
-
-    def move(self) -> None:
-        """Copy everything. The GIL is taken once for every 1024 pieces."""
-        local, remote = self._pieces
-        n = len(local)
-        if n == 1 or _readv is None:
-            for (to, nbytes), (at, _) in zip(local.tolist(), remote.tolist(), strict=True):
-                ctypes.memmove(to, at, nbytes)
-            return
-        to, at, pid = local.ctypes.data, remote.ctypes.data, os.getpid()
-        left, first = self.nbytes, 0
-        while left:
-            count = min(_IOV_MAX, n - first)
-            moved = _readv(pid, to + 16 * first, count, at + 16 * first, count, 0)
-            if moved <= 0:
-                reason = os.strerror(ctypes.get_errno()) if moved < 0 else "nothing was copied"
-                raise TransferError(f"copying {count} pieces failed: {reason}")
-            left -= moved
-            if left:
-                first += self._skip(first, count, moved)
-
-    def _skip(self, first: int, count: int, moved: int) -> int:
-        """Number of whole pieces in `moved` bytes. The kernel may stop early, inside a piece, too:
-        that one is shortened to what is left of it."""
-        pieces = self._pieces[:, first : first + count]
-        end = np.cumsum(pieces[0, :, 1])
-        whole = int(np.searchsorted(end, moved, side="right"))
-        part = moved - int(end[whole - 1]) if whole else moved
-        if part:
-            pieces[:, whole, 0] += np.uint64(part)
-            pieces[:, whole, 1] -= np.uint64(part)
-        return whole
+class _Window(NamedTuple):
+    pieces: Pieces
+    first: bool  # of its transfer
 
 
 class _CpuQueue:
@@ -115,6 +71,7 @@ class _CpuQueue:
     def __init__(self, name: str, bandwidth: float | None) -> None:
         self._bandwidth: Final = bandwidth
         self._clock = 0.0  # when the link has moved all it was given, at `bandwidth`
+        self._gil_busy_until = 0.0
         self._work: Final[deque[_Window | _Point | threading.Event | None]] = deque()
         self._changed: Final = threading.Condition()
         self._dead: DeadQueue | None = None
@@ -122,7 +79,7 @@ class _CpuQueue:
         self._thread.start()
 
     def copy(self, copies: Copies, start: int, stop: int) -> None:
-        self._give(_Window(copies, start, stop))
+        self._give(_Window(Pieces(copies, start, stop), start == 0))
 
     def record(self, event: Event | None = None) -> Event:
         marked = _CpuEvent() if event is None else event
@@ -187,15 +144,17 @@ class _CpuQueue:
             self._work.popleft()
 
     def _copy(self, window: _Window) -> None:
+        pieces = window.pieces
         if self._bandwidth is not None:
             # A transfer's first window starts the clock; later ones go on from where it stands, so
             # that a sleep that takes too long is made up for.
             if window.first:
                 self._clock = time.perf_counter()
-            self._clock += window.nbytes / self._bandwidth
+            self._clock += pieces.nbytes / self._bandwidth
             time.sleep(max(0.0, self._clock - time.perf_counter()))
         # Bytes land when their time is over, not before: who reads too early finds the old ones.
-        window.move()
+        if not pieces.move(one_by_one=time.perf_counter() > self._gil_busy_until):
+            self._gil_busy_until = time.perf_counter() + _BACK_OFF
 
 
 class CpuBackend:
@@ -238,22 +197,3 @@ class CpuBackend:
         """See `Backend.close`."""
         for queue in self._queues:
             queue.close()
-
-
-def _find_readv() -> Callable[..., int] | None:
-    """process_vm_readv on our own process: one call copies many pieces. None where it is refused."""
-    try:
-        readv = ctypes.CDLL(None, use_errno=True).process_vm_readv
-    except (AttributeError, OSError):  # not Linux
-        return None
-    word, pointer = ctypes.c_ulong, ctypes.c_void_p
-    readv.argtypes = [ctypes.c_int, pointer, word, pointer, word, word]
-    readv.restype = ctypes.c_ssize_t
-    probe = np.array([7, 0], np.uint8)
-    at = probe.ctypes.data
-    local, remote = np.array([[at + 1, 1], [at, 1]], np.uint64)
-    refused = readv(os.getpid(), local.ctypes.data, 1, remote.ctypes.data, 1, 0) != 1
-    return None if refused or probe[1] != 7 else readv
-
-
-_readv = _find_readv()

@@ -1,7 +1,9 @@
-"""Where the bytes of a block lie: one region for each layer (or each layer's K and V), or one for all.
+"""Where the bytes of blocks lie: one region per layer (or each layer's K and V), or one for all.
 
-region 0   | block 0 | block 1 | block 2 | ...        block i of a region lies at
-region 1   | block 0 | block 1 | block 2 | ...        address + i * stride, nbytes long
+::
+
+    region 0   | block 0 | block 1 | block 2 | ...        block i of a region lies at
+    region 1   | block 0 | block 1 | block 2 | ...        address + i * stride, nbytes long
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class Layout:
                     "pass each array once"
                 )
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block over all regions."""
         return sum(region.nbytes for region in self.regions)
@@ -124,9 +126,9 @@ def layout_of(arrays: Any) -> Layout:
     Parameters
     ----------
     arrays : array or sequence of arrays
-        One array for each layer (or for each layer's K and V, or one for all layers), the block being
-        the first dimension of each. numpy arrays, anything with ``__array_interface__``, and torch
-        tensors on any device. They must outlive the layout's use.
+        One for each layer, or for each layer's K and V, or one for all layers; the block is the
+        first dimension of each. numpy arrays, anything with ``__array_interface__``, and torch
+        tensors on any device. They must outlive every use of the layout.
 
     Raises
     ------
@@ -139,8 +141,8 @@ def layout_of(arrays: Any) -> Layout:
     counts = sorted({blocks for _, blocks in found})
     if len(counts) > 1:
         raise ConfigError(
-            f"arrays have different numbers of blocks {counts}: the first dimension of each must be "
-            "the block (K and V stacked before it are passed as two arrays)"
+            f"arrays have different numbers of blocks {counts}: the first dimension of each must "
+            "be the block (K and V stacked before it are passed as two arrays)"
         )
     return Layout(tuple(region for region, _ in found), counts[0] if counts else 1)
 
@@ -166,9 +168,9 @@ def _region_of(array: Any, name: str) -> tuple[Region, int]:
     for step, length in sorted(zip(strides[1:], shape[1:], strict=True)):
         if length > 1 and step != nbytes:
             raise ConfigError(
-                f"{name}: the bytes of one block are not contiguous (shape {shape}, strides in bytes "
-                f"{strides}). Make the block the outermost dimension, and pass K and V as two arrays "
-                "if they are stacked before it"
+                f"{name}: the bytes of one block are not contiguous (shape {shape}, strides in "
+                f"bytes {strides}). Make the block the outermost dimension; where K and V are "
+                "stacked before it, pass them as two arrays"
             )
         nbytes *= length
     blocks = shape[0]

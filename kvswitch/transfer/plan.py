@@ -46,7 +46,7 @@ class Copies:
 
 
 def coalesce(src_ids: BlockIds, dst_ids: BlockIds) -> Runs:
-    """Merge pairs of block ids into as few runs as possible.
+    """Merge pairs of block ids into runs.
 
     Parameters
     ----------

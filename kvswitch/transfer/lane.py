@@ -1,0 +1,294 @@
+"""One direction of the transfer engine: its queue, and the thread that feeds it window by window.
+
+    submit -> waiting -> [may it begin?] -> lower -> window, window, ... -> end
+              (FIFO)      `after` and conflicts      at most two in flight   (FIFO)
+
+Jobs of a lane begin in order, run in order (the queue's) and end in order. So one number says which
+have ended, and waiting for the newest of some jobs is waiting for all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import suppress
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvswitch.errors import IntegrityError, TransferError
+from kvswitch.messages import BlockIds, Direction, Runs
+from kvswitch.transfer.backend import Backend, DeadQueue, Event
+from kvswitch.transfer.layout import Layout
+from kvswitch.transfer.plan import Copies, lower
+from kvswitch.transfer.ticket import Ticket
+
+__all__ = ["Job", "Lane", "Ledger"]
+
+_WINDOWS_IN_FLIGHT: Final = 2  # one being copied, one behind it so that the queue never runs dry
+
+BlockIndex = slice | npt.NDArray[np.intp] | BlockIds
+
+
+class Ledger:
+    """What both lanes and the engine share. Everything here is guarded by `lock`."""
+
+    def __init__(self) -> None:
+        self.lock: Final = threading.Lock()
+        self.changed: Final = threading.Condition(self.lock)  # some transfer has ended
+        self.under_way: Final[dict[int, Ticket]] = {}
+        self.ended: Final[deque[Ticket]] = deque()  # not yet polled
+        self.closed = False
+        self.dead: BaseException | None = None  # what a thread died of
+
+    def obituary(self) -> str:
+        """What to tell those who still want something from a dead engine."""
+        return (
+            f"a thread of the transfer engine has died ({self.dead!r}); "
+            "close the engine and make a new one"
+        )
+
+
+class Job:
+    """A transfer under way.
+
+    Attributes
+    ----------
+    mark : int
+        Its id + 1, so that 0 is older than all.
+    after_other : int
+        The mark to which the other lane must have come before this job may begin.
+    """
+
+    __slots__ = (
+        "after_other", "begin", "cancelled", "complete", "failure", "fence", "mark", "runs",
+        "ticket",
+    )  # fmt: skip
+
+    def __init__(self, ticket: Ticket, runs: Runs, fence: Event | None, after_other: int) -> None:
+        self.ticket: Final = ticket
+        self.mark: Final = ticket.id + 1
+        self.runs: Final = runs
+        self.fence: Final = fence
+        self.after_other: Final = after_other
+        self.cancelled = False
+        self.complete = False  # every window has been dispatched
+        self.failure: BaseException | None = None
+        self.begin: Event | None = None
+
+
+class Lane:
+    """Transfers from `src` to `dst`."""
+
+    other: Lane
+
+    def __init__(
+        self,
+        direction: Direction,
+        backend: Backend,
+        src: Layout,
+        dst: Layout,
+        *,
+        window_bytes: int,
+        ledger: Ledger,
+    ) -> None:
+        self.src: Final = src
+        self.dst: Final = dst
+        # Marks of the newest jobs touching each source and each destination block. Those up to
+        # `done` have ended, and need no clearing. Numbers never written occupy no memory.
+        self.newest: Final = (
+            np.zeros(src.num_blocks, np.int64),
+            np.zeros(dst.num_blocks, np.int64),
+        )
+        self.done = 0
+        self.jobs: Final[deque[Job]] = deque()  # all that have not ended
+        self._direction: Final = direction
+        self._coalesce: Final = backend.coalesce
+        self._queue: Final = backend.open_queue(direction)
+        self._window_bytes: Final = window_bytes
+        self._ledger: Final = ledger
+        self._wake: Final = threading.Condition(ledger.lock)
+        self._waiting: Final[deque[Job]] = deque()  # those of `jobs` that have not begun
+        # Only the dispatcher uses these: windows in the queue, and None behind a job's last one.
+        self._flying: Final[deque[tuple[Job, Event | None]]] = deque()
+        self._windows = 0
+        self._thread: Final = threading.Thread(
+            target=self._run, name=f"kvswitch-dispatch-{direction.name.lower()}", daemon=True
+        )
+
+    def start(self, other: Lane) -> None:
+        """Begin to work, beside the `other` lane."""
+        self.other = other
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the dispatcher has ended."""
+        self._thread.join()
+
+    # These are called with the ledger's lock held.
+
+    def conflict(self, side: int, blocks: BlockIndex) -> int:
+        """Mark of the newest job under way touching blocks of `side` (0: source), or 0."""
+        newest = int(self.newest[side][blocks].max()) if self.jobs else 0
+        return newest if newest > self.done else 0
+
+    def touch(self, side: int, blocks: BlockIndex, mark: int) -> None:
+        """Note that the job with this mark touches these blocks."""
+        self.newest[side][blocks] = mark
+
+    def add(self, job: Job) -> None:
+        """Take a job on."""
+        self.jobs.append(job)
+        self._waiting.append(job)
+        self._wake.notify()
+
+    def cancel(self, mark: int | None = None) -> None:
+        """Let the job with this mark, or every one, be dispatched no further."""
+        for job in self.jobs:
+            if mark is None or job.mark == mark:
+                job.cancelled = True
+        self._wake.notify()
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the bookkeeping contradicts itself."""
+        marks = [self.done, *(job.mark for job in self.jobs)]
+        if any(one >= next_ for one, next_ in pairwise(marks)):
+            raise IntegrityError(f"{self._direction.name}: jobs out of order: {marks}")
+        waiting = len(self._waiting)
+        if waiting and list(self._waiting) != list(self.jobs)[-waiting:]:
+            raise IntegrityError(f"{self._direction.name}: waiting jobs are not the last ones")
+        if not 0 <= self._windows <= _WINDOWS_IN_FLIGHT:
+            raise IntegrityError(f"{self._direction.name}: {self._windows} windows in flight")
+        if max(int(newest.max()) for newest in self.newest) > marks[-1]:
+            raise IntegrityError(f"{self._direction.name}: a block is touched by an unknown job")
+
+    # The rest runs in the dispatcher.
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            with self._ledger.lock:
+                self._ledger.dead = self._ledger.dead or error
+                self._wake_both()
+        # Something is left only if a thread has died. What the queue still moves is awaited, as far
+        # as that is possible, before anybody is told that those blocks are at rest.
+        for _, event in self._flying:
+            if event is not None:
+                with suppress(BaseException):
+                    event.wait()
+        for job in list(self.jobs):
+            self._end(job, self._ledger.dead)
+
+    def _serve(self) -> None:
+        ledger = self._ledger
+        while ledger.dead is None:
+            with ledger.lock:
+                while (job := self._next()) is None and not self._flying:
+                    if ledger.dead is not None or (ledger.closed and not self._waiting):
+                        return
+                    self._wake.wait()
+            if job is not None:
+                self._dispatch(job)
+            else:
+                self._reap()
+
+    def _next(self) -> Job | None:
+        """Take the oldest waiting job if it may begin."""
+        if not self._waiting:
+            return None
+        job = self._waiting[0]
+        if self.other.done < job.after_other and not job.cancelled:
+            return None
+        return self._waiting.popleft()
+
+    def _dispatch(self, job: Job) -> None:
+        if not self._dropped(job):
+            try:
+                copies = self._prepare(job)
+            except DeadQueue:
+                raise
+            except Exception as error:
+                job.failure = error
+            else:
+                self._send(job, copies)
+        self._flying.append((job, None))
+        self._end_flown()
+
+    def _prepare(self, job: Job) -> Copies:
+        copies = lower(
+            job.runs,
+            self.src,
+            self.dst,
+            window_bytes=self._window_bytes,
+            coalesce=self._coalesce,
+        )
+        job.ticket.num_copies = copies.num_copies
+        if job.fence is not None:
+            self._queue.wait(job.fence)
+        job.begin = self._queue.record()
+        return copies
+
+    def _send(self, job: Job, copies: Copies) -> None:
+        """Give the windows to the queue, as long as they are wanted."""
+        for start, stop in pairwise(copies.windows.tolist()):
+            while self._windows >= _WINDOWS_IN_FLIGHT:
+                self._reap()
+            if self._dropped(job):
+                return
+            try:
+                self._queue.copy(copies, start, stop)
+            except DeadQueue:
+                raise
+            except Exception as error:
+                job.failure = error
+            # Also if it failed: a part of the window may be under way.
+            self._flying.append((job, self._queue.record()))
+            self._windows += 1
+        job.complete = True
+
+    def _dropped(self, job: Job) -> bool:
+        return job.cancelled or job.failure is not None or self._ledger.dead is not None
+
+    def _reap(self) -> None:
+        """Wait for the oldest window in flight."""
+        job, event = self._flying[0]
+        assert event is not None
+        assert job.begin is not None
+        event.wait()
+        self._flying.popleft()
+        self._windows -= 1
+        if isinstance(event.error, DeadQueue):
+            raise event.error
+        job.failure = job.failure or event.error
+        job.ticket.started, job.ticket.ended = job.begin.time, event.time
+        self._end_flown()
+
+    def _end_flown(self) -> None:
+        """End the jobs of which nothing is in flight any more."""
+        while self._flying and self._flying[0][1] is None:
+            job, _ = self._flying.popleft()
+            self._end(job, job.failure)
+
+    def _end(self, job: Job, failure: BaseException | None) -> None:
+        ticket, ledger = job.ticket, self._ledger
+        error = None
+        if failure is not None:
+            what = ledger.obituary() if failure is ledger.dead else f"{failure!r}"
+            error = TransferError(f"transfer {ticket.id} failed: {what}")
+            error.__cause__ = failure
+        elif not job.complete:
+            error = TransferError(f"transfer {ticket.id} was cancelled")
+        with ledger.lock:
+            self.jobs.popleft()
+            self.done = job.mark
+            del ledger.under_way[ticket.id]
+            ledger.ended.append(ticket)
+            ticket.end(error)
+            self._wake_both()
+
+    def _wake_both(self) -> None:
+        for lane in (self, self.other):
+            lane._wake.notify()
