@@ -451,7 +451,7 @@ class PriorityScheduler:
                 f"{sequence!r} needs {need} blocks, the whole pool has {self._blocks}: it can "
                 "never run; shorten it, or give the pool more blocks"
             )
-        if held < 0 or need < max(held, 1):
+        if held < 0 or need < held or need < 1:
             raise ConfigError(
                 f"{sequence!r} needs {need} blocks and holds {held}: give what it needs in all, "
                 "1 or more and no less than it holds"

@@ -92,8 +92,7 @@ class PriorityTrace:
         generator = _generator(seed)
         drawn = _draw(generator, sequences, epochs, levels)
         anew = generator.random((epochs, sequences)) >= keep
-        anew[0] = True
-        # For each cell, the last epoch at which that sequence drew.
+        # For each cell, the last epoch at which that sequence drew; all draw in the first.
         source = np.maximum.accumulate(np.where(anew, np.arange(epochs)[:, None], 0), axis=0)
         return cls(np.take_along_axis(drawn, source, axis=0))
 

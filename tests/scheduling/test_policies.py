@@ -24,7 +24,7 @@ def ask(
         np.array(waited or zeros, np.int64),
     )
     assert answer.dtype == np.float64
-    return answer.tolist()
+    return list(answer.tolist())
 
 
 def test_fixed_policy_keeps_what_was_given() -> None:

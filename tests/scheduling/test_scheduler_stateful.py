@@ -5,6 +5,7 @@ That the two agree also shows that the scheduler skips an iteration only where n
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from hypothesis import settings
@@ -156,7 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.arrivals = 0
         self.last = Decision()
 
-    def entry(self, name: int) -> Entry:
+    def entry(self, name: Hashable) -> Entry:
         return next(entry for entry in self.model.entries if entry.name == name)
 
     def free(self) -> int:
@@ -260,7 +261,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def schedule_once(self) -> None:
         model = self.model
-        before = {entry.name: entry.state for entry in model.entries}
+        before: dict[Hashable, State] = {entry.name: entry.state for entry in model.entries}
         protected = {
             entry.name
             for entry in model.running()

@@ -131,7 +131,7 @@ def write_npy(path: Path, array: np.ndarray) -> None:
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 BYTES = np.zeros((2, 2), np.uint8)
