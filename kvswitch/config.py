@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 import msgspec
+import msgspec.structs
 
 from kvswitch.errors import ConfigError
 
@@ -64,6 +66,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     reuse: bool = True
 
     def __post_init__(self) -> None:
+        for setting in msgspec.structs.fields(self):
+            _check(setting, getattr(self, setting.name))
         if self.host_bytes < 1:
             raise ConfigError("host_memory must be more than 0: without it nothing can be kept")
         if self.window_bytes < 4096:
@@ -90,18 +94,28 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Raises
         ------
         ConfigError
-            A setting does not exist or cannot be what it is.
+            A setting does not exist, or cannot have that value.
         """
         known = cls.__struct_fields__
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-                raise ConfigError(f"no setting {name!r}; {hint}")
-        try:
-            return msgspec.convert(settings, cls)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"invalid settings: {error}") from error
+                raise ConfigError(f"no setting {name!r}; {_hint(name, known)}")
+        return cls(**settings)
+
+
+def _check(setting: msgspec.structs.FieldInfo, value: object) -> None:
+    try:
+        msgspec.convert(value, setting.type)
+    except msgspec.ValidationError as error:
+        if get_origin(setting.type) is Literal:
+            hint = _hint(value, get_args(setting.type))
+            raise ConfigError(f"{setting.name} cannot be {value!r}; {hint}") from error
+        raise ConfigError(f"{setting.name}: {error}, {value!r}") from error
+
+
+def _hint(value: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(value), known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
 
 
 def parse_bytes(value: str | int, name: str) -> int:
@@ -113,4 +127,4 @@ def parse_bytes(value: str | int, name: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
     if not match or match[2] not in _UNITS:
         raise ConfigError(f"{name}: cannot read {value!r}; write bytes, or e.g. '32GiB'")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Fraction(match[1]) * _UNITS[match[2]])

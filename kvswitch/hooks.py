@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvswitch.switch.manager import Resumption
     from kvswitch.transfer import Backend, Ticket
 
-__all__ = ["hookimpl", "hookspec", "plugin_manager", "registered"]
+__all__ = ["hookimpl", "hookspec", "make_registered", "plugin_manager"]
 
 hookspec = pluggy.HookspecMarker("kvswitch")
 hookimpl = pluggy.HookimplMarker("kvswitch")
@@ -82,7 +82,8 @@ def plugin_manager(plugins: Iterable[Any] = ()) -> pluggy.PluginManager:
     Raises
     ------
     ConfigError
-        A plug-in implements a hook that does not exist, or with arguments that it does not have.
+        A plug-in cannot be loaded or is not an object with hooks, or one of its hooks does not
+        exist or has other arguments.
     """
     from kvswitch.switch.default import DefaultPlugin
 
@@ -91,25 +92,50 @@ def plugin_manager(plugins: Iterable[Any] = ()) -> pluggy.PluginManager:
     manager.register(DefaultPlugin(), name="kvswitch-default")
     try:
         manager.load_setuptools_entrypoints("kvswitch")
-        for plugin in plugins:
+    except Exception as error:  # whatever its import raises
+        raise ConfigError(f"an installed plug-in cannot be loaded: {error!r}") from error
+    for plugin in plugins:
+        if isinstance(plugin, type):
+            raise ConfigError(f"plug-in {plugin.__name__} is a class: pass an instance of it")
+        try:
             manager.register(plugin)
+            if not manager.get_hookcallers(plugin):
+                raise ConfigError(f"plug-in {plugin!r} has no hooks: mark them with @hookimpl")
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise ConfigError(f"cannot register plug-in: {error}") from error
+    try:
         manager.check_pending()
-    except (pluggy.PluginValidationError, ValueError) as error:
+    except pluggy.PluginValidationError as error:
         raise ConfigError(f"cannot register plug-in: {error}") from error
     return manager
 
 
-def registered(results: Iterable[Mapping[str, Any]], name: str, kind: str) -> Any:
-    """Look `name` up in what plug-ins registered; earlier results come from later plug-ins.
+def make_registered(
+    registrations: Iterable[Mapping[str, Callable[..., Any]]],
+    name: str,
+    kind: str,
+    **settings: Any,
+) -> Any:
+    """Make what plug-ins have registered as `name`; the later plug-in wins.
+
+    Parameters
+    ----------
+    registrations : iterable of mapping
+        What a registration hook has returned.
+    kind : str
+        What `name` should be, for the messages.
 
     Raises
     ------
     ConfigError
-        Nothing of that name is registered.
+        Nothing of that name is registered, or it has no such settings.
     """
-    every: dict[str, Any] = {}
-    for result in results:
-        every = {**result, **every}
+    every: dict[str, Callable[..., Any]] = {}
+    for registration in registrations:  # those of later plug-ins come first
+        every = {**registration, **every}
     if name not in every:
         raise ConfigError(f"no {kind} {name!r}; registered are: {', '.join(sorted(every))}")
-    return every[name]
+    try:
+        return every[name](**settings)
+    except TypeError as error:
+        raise ConfigError(f"cannot make {kind} {name!r}: {error}") from error

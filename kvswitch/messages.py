@@ -43,7 +43,7 @@ class Direction(IntEnum):
     IN = 1  # host -> device: swap-in
 
 
-class Transfer(msgspec.Struct, frozen=True, eq=False):
+class Transfer(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
     """One planned copy of many blocks in one direction.
 
     Attributes
@@ -68,7 +68,7 @@ class Transfer(msgspec.Struct, frozen=True, eq=False):
         return int(self.runs[:, 2].sum())
 
 
-class SwapOrders(msgspec.Struct, frozen=True, eq=False):
+class SwapOrders(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
     """What every worker must do in one step.
 
     Attributes
@@ -90,7 +90,7 @@ class SwapOrders(msgspec.Struct, frozen=True, eq=False):
     wait: tuple[int, ...] = ()
 
 
-class Measurement(msgspec.Struct, frozen=True):
+class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long one ended transfer kept its queue busy: `nbytes` in `seconds`."""
 
     direction: Direction
@@ -98,7 +98,7 @@ class Measurement(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Observations(msgspec.Struct, frozen=True):
+class Observations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What happened since the last step, the same on every rank.
 
     Attributes
@@ -122,7 +122,7 @@ class Observations(msgspec.Struct, frozen=True):
 
 def _to_wire(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value, "<i4").tobytes()
+        return value.astype("<i4", casting="safe", copy=False).tobytes()
     raise NotImplementedError(f"cannot serialise {type(value).__name__}")
 
 
@@ -137,6 +137,7 @@ def _from_wire(kind: type, value: Any) -> Any:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_to_wire)
 _orders = msgspec.msgpack.Decoder(SwapOrders, dec_hook=_from_wire)
 _observations = msgspec.msgpack.Decoder(Observations)
+_NOT_A_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError)
 
 
 def encode(message: SwapOrders | Observations) -> bytes:
@@ -148,7 +149,7 @@ def decode_orders(data: bytes) -> SwapOrders:
     """Read `SwapOrders`; TransferError if `data` is not one."""
     try:
         return _orders.decode(data)
-    except msgspec.DecodeError as error:
+    except _NOT_A_MESSAGE as error:
         raise TransferError(f"not a SwapOrders message: {error}") from error
 
 
@@ -156,5 +157,5 @@ def decode_observations(data: bytes) -> Observations:
     """Read `Observations`; TransferError if `data` is not one."""
     try:
         return _observations.decode(data)
-    except msgspec.DecodeError as error:
+    except _NOT_A_MESSAGE as error:
         raise TransferError(f"not an Observations message: {error}") from error

@@ -229,14 +229,19 @@ class Engine:
     def _grow(
         self, c: Conversation, batch: dict[Conversation, _Share], step: Step
     ) -> BlockIds | None:
-        """Get blocks for all of `c`'s tokens; None if `c` itself had to give way."""
+        """Get blocks for all of `c`'s tokens; None if it cannot run now."""
         while True:
             try:
                 blocks = self.switch.allocate(c.id, len(c.tokens), expected=c.stop)
             except OutOfBlocks:
-                victim = self.conversations[self.scheduler.victim()]
+                # Somebody of low priority gives way; not one whose swap-in is still under way,
+                # since that frees no blocks at once.
+                name = self.scheduler.victim(exclude=self.switch.arriving)
+                if name is None:
+                    return None
+                victim = self.conversations[name]
                 self._preempt(victim, step)
-                self.scheduler.yielded(victim.id)
+                self.scheduler.yielded(name)
                 batch.pop(victim, None)
                 if victim is c:
                     return None

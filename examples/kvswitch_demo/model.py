@@ -129,6 +129,12 @@ class Llama:
     config : LlamaConfig
     weights : Weights
         All on one device, in one floating-point type.
+
+    Attributes
+    ----------
+    config : LlamaConfig
+    dtype, device
+        Those of the weights, and of the caches that go with them.
     """
 
     def __init__(self, config: LlamaConfig, weights: Weights) -> None:
@@ -139,8 +145,8 @@ class Llama:
         self._layers = [_Layer(config, layer) for layer in weights.layers]
         self._output_norm = weights.output_norm
         self._output = _linear(weights.embedding if weights.output is None else weights.output)
-        self.rotation = _rotations(config).to(self.device)
-        self.mask = _causal_mask(config).to(self.device, self.dtype)
+        self._rotation = _rotations(config).to(self.device)
+        self._mask = _causal_mask(config).to(self.device, self.dtype)
 
     def new_cache(self, num_blocks: int, block_tokens: int) -> Tensor:
         """Make a KV cache of `num_blocks` blocks of `block_tokens` tokens, block dimension first.
@@ -178,8 +184,8 @@ class Llama:
         Raises
         ------
         ConfigError
-            A chunk is empty, exceeds the context, or its block table is too short for it. The
-            cache is as it was.
+            There are no chunks, or one of them is empty, exceeds the context, or has a block table
+            too short for it. The cache is as it was.
         """
         batch = _Batch(self, chunks, cache)
         x = F.embedding(batch.tokens, self._embedding)
@@ -205,19 +211,17 @@ class _Layer:
         """Attend to `pages`, this layer's part of the cache: [num_blocks, 2, block_tokens, ...]."""
         config = self._config
         qkv = self._qkv(_norm(x, self._attention_norm, config.norm_eps))
-        qkv = qkv.unflatten(1, (-1, config.head_dim))
+        qkv = qkv.view(len(x), -1, config.head_dim)
         rotated = _rotate(qkv[:, : -config.kv_heads], batch.rotation)
-        queries, keys, values = (
-            rotated[:, : config.heads],
-            rotated[:, config.heads :],
-            qkv[:, -config.kv_heads :],
-        )
+        queries, keys = rotated[:, : config.heads], rotated[:, config.heads :]
+        values = qkv[:, -config.kv_heads :]
 
         block, slot = batch.slots
         written = len(block)  # the rest is padding
         pages[block, :, slot] = torch.stack((keys[:written], values[:written]), 1)
 
-        batch.queries.copy_(queries.unflatten(1, (config.kv_heads, -1)).transpose(0, 1))
+        group = config.heads // config.kv_heads
+        batch.queries.copy_(queries.view(len(x), config.kv_heads, group, -1).transpose(0, 1))
         for span in batch.spans:
             torch.index_select(pages, 0, span.blocks, out=span.gathered)
             span.beyond.zero_()
@@ -283,6 +287,8 @@ class _Batch:
 
     def __init__(self, model: Llama, chunks: Sequence[Chunk], cache: Tensor) -> None:
         block_tokens = cache.shape[3]
+        if not chunks:
+            raise ConfigError("a pass needs at least one chunk")
         for chunk in chunks:
             _check(chunk, model.config, block_tokens)
 
@@ -296,7 +302,7 @@ class _Batch:
         written = [c.blocks[p // block_tokens] for c, p in zip(chunks, positions, strict=True)]
         ends = list(accumulate(len(chunk.tokens) for chunk in chunks))
         self.tokens = tensor([chunk.tokens for chunk in chunks], pad=True)
-        self.rotation = model.rotation[tensor(positions, pad=True)]
+        self.rotation = model._rotation[tensor(positions, pad=True)]
         self.slots = tensor(written), tensor([p % block_tokens for p in positions])
         self.last = tensor([[end - 1 for end in ends]], pad=True)
 
@@ -304,7 +310,7 @@ class _Batch:
         rows = len(self.tokens) * group
         # With spare rows behind: a tile of too few queries takes along those that follow it.
         queries = cache.new_zeros(kv_heads, rows + ATTENTION_ROWS, model.config.head_dim)
-        self.queries = queries[:, :rows].unflatten(1, (-1, group))
+        self.queries = queries[:, :rows].view(kv_heads, -1, group, model.config.head_dim)
         self.attended = cache.new_zeros(len(self.tokens), kv_heads, group, model.config.head_dim)
 
         # All sequences are gathered, one after the other, to one place that stays in the L2 cache.
@@ -316,25 +322,24 @@ class _Batch:
             taken = max(count, ATTENTION_ROWS)
             return _Tile(
                 queries=queries[:, first : first + taken],
-                mask=model.mask[start % TILE * group :][:taken, -keys:],
+                mask=model._mask[start % TILE * group :][:taken, -keys:],
                 keys=gathered[0, :keys].permute(1, 2, 0),
                 values=gathered[1, :keys].transpose(0, 1),
                 result=self.attended[row : row + stop - start].transpose(0, 1),
                 rows=count,
             )
 
-        self.spans = []
+        self.spans: list[_Span] = []
         for chunk, end in zip(chunks, ends, strict=True):
             blocks = tensor([chunk.blocks[: -(-chunk.stop // block_tokens)]])
-            place = gathered[:, : len(blocks) * block_tokens].unflatten(1, (-1, block_tokens))
+            place = gathered[:, : len(blocks) * block_tokens]
             self.spans.append(
                 _Span(
                     blocks=blocks,
-                    gathered=place.transpose(0, 1),
+                    gathered=place.view(2, len(blocks), *cache.shape[3:]).transpose(0, 1),
                     beyond=gathered[:, chunk.stop : _tile_end(chunk.stop - 1)],
                     tiles=[
-                        tile(start, stop, end - chunk.stop + start)
-                        for start, stop in _tiles(chunk)
+                        tile(start, stop, end - chunk.stop + start) for start, stop in _tiles(chunk)
                     ],
                 )
             )
@@ -392,7 +397,7 @@ def _rotations(config: LlamaConfig) -> Tensor:
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn each pair of neighbours of a head, taken as a complex number."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
 
@@ -406,8 +411,8 @@ def _linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
     On x86 PyTorch's float32 product goes to MKL. oneDNN, which PyTorch ships as well and its
     compiler uses, is about twice as fast here with weights packed beforehand.
     """
-    packs = torch.backends.mkldnn.is_available() and weight.dtype == torch.float32
-    if packs and weight.device.type == "cpu" and "AVX" in torch.backends.cpu.get_cpu_capability():
+    x86 = weight.device.type == "cpu" and "AVX" in torch.backends.cpu.get_cpu_capability()
+    if x86 and weight.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, LINEAR_ROWS)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return partial(F.linear, weight=weight)

@@ -3,8 +3,8 @@
 Definitions (paper section 4.3): TTFT is per turn, from its arrival to its first token, queueing
 included. Time between tokens is every gap between two consecutive tokens of a turn, time switched
 out included, all turns pooled. Throughput counts new output tokens over the makespan; recomputed
-tokens never count. A quantile q is given only where 10 / (1 - q) samples support it; the 95th percentile
-from 100 on, which is how many turns the default workload serves at least.
+tokens never count. A quantile q is given only where 10 / (1 - q) samples support it, the 95th
+percentile where there are 100: the default workload has about as many turns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kvswitch.switch import SwapStats
 __all__ = [
     "IterationRecord",
     "RunResult",
+    "Switched",
     "TransferRecord",
     "TurnRecord",
     "figures",
@@ -72,6 +73,15 @@ class TransferRecord(msgspec.Struct):
     blocks: int
     copies: int
     nbytes: int
+
+
+class Switched(msgspec.Struct, frozen=True):
+    """A conversation was switched out or in, when it had so many tokens."""
+
+    conversation: int
+    out: bool
+    tokens: int
+    seconds: float
 
 
 class RunResult(msgspec.Struct):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Literal
 
@@ -20,38 +20,28 @@ from kvswitch import Config, KVSwitch, hookimpl
 from kvswitch.config import parse_bytes
 from kvswitch.messages import Direction
 from kvswitch.scheduling import FixedPolicy, InversionMeter, PriorityPolicy, TracePolicy
+from kvswitch.switch import SwapStats
 from kvswitch.transfer import CpuBackend
 from kvswitch_demo.engine import Engine, Step
 from kvswitch_demo.model import Llama
 from kvswitch_demo.per_block import PerBlockBackend, per_layer_layout
-from kvswitch_demo.results import IterationRecord, RunResult, TransferRecord, TurnRecord
+from kvswitch_demo.results import IterationRecord, RunResult, Switched, TransferRecord, TurnRecord
 
 if TYPE_CHECKING:
     from kvswitch.transfer import Ticket
     from kvswitch_demo.workload import Conversations, Workload
 
-__all__ = ["MODES", "Mode", "Switched", "serve"]
+__all__ = ["MODES", "Mode", "make_engine", "serve"]
 
 Mode = Literal["reference", "recompute", "per-block", "kvswitch"]
 MODES: tuple[Mode, ...] = ("reference", "recompute", "per-block", "kvswitch")
-
-
-@dataclass(frozen=True)
-class Switched:
-    """A conversation was switched out or in, when it had so many tokens."""
-
-    conversation: int
-    out: bool
-    tokens: int
-    seconds: float
 
 
 @dataclass
 class _Watch:
     """A plug-in that only observes: when transfers started and ended."""
 
-    begin: float
-    nbytes: int
+    begin: float = 0.0
     transfers: list[TransferRecord] = field(default_factory=list)
 
     @hookimpl
@@ -74,8 +64,9 @@ def make_engine(
     mode: Mode,
     workload: Workload,
     scripts: Conversations,
-    watch: _Watch,
-    never: Iterable[int],
+    *,
+    plugins: Iterable[object],
+    never: Iterable[int] = (),
 ) -> Engine:
     """Build the engine of one mode."""
     settings, priorities = workload.engine, workload.priorities
@@ -104,7 +95,7 @@ def make_engine(
         config=config,
         kv_layout=per_layer_layout if per_block else None,
         backend=PerBlockBackend(bandwidth) if per_block else CpuBackend(bandwidth=bandwidth),
-        plugins=[watch],
+        plugins=plugins,
         never=never,
     )
 
@@ -127,8 +118,8 @@ def serve(
     on_tokens : callable
         Told after each iteration how many tokens it brought.
     """
-    watch = _Watch(0.0, 0)
-    engine = make_engine(model, mode, workload, scripts, watch, never)
+    watch = _Watch()
+    engine = make_engine(model, mode, workload, scripts, plugins=[watch], never=never)
     with engine.switch as switch:
         return _Server(engine, scripts, watch).run(mode, switch, on_tokens)
 
@@ -175,7 +166,7 @@ class _Server:
                 turns=self._turns,
                 iterations=self._iterations,
                 transfers=self._watch.transfers,
-                stats=before,
+                stats=_as_copied(before) if mode == "per-block" else before,
                 block_bytes=switch.layout.block_bytes,
                 recomputed_tokens=self._recomputed,
                 inversion_seconds=self._meter.seconds,
@@ -220,8 +211,19 @@ class _Server:
                 overhead=step.ready - step.begin - stall,
                 decoding=len(step.tokens),
                 prefilled=step.prefilled,
+                recomputed=step.recomputed,
                 preempted=len(step.preempted),
                 resumed=len(step.resumed),
                 epoch=self._engine.scheduler.current_epoch,
             )
         )
+
+
+def _as_copied(stats: SwapStats) -> SwapStats:
+    """Count a copy for every block: that mode does not make use of the planner's runs."""
+    return replace(
+        stats,
+        copies_in=stats.blocks_in,
+        copies_out_full=stats.blocks_out_full,
+        copies_out_incremental=stats.blocks_out_incremental,
+    )

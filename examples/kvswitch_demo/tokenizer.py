@@ -30,6 +30,8 @@ class Tokenizer:
     ----------
     eos : int
         Ends an answer: <|im_end|>.
+    control : tuple of int
+        All tokens that are no text, such as <|im_end|>.
 
     Raises
     ------
@@ -39,13 +41,18 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         reader = open_gguf(path)
-        self._bpe = _byte_level_bpe(reader)
+        types = read_field(reader, "tokenizer.ggml.token_type")
+        self.control = tuple(token for token, kind in enumerate(types) if kind == CONTROL)
+        self._bpe = _byte_level_bpe(reader, self.control)
         self.eos: int = read_field(reader, "tokenizer.ggml.eos_token_id")
         self._open: int = self._bpe.token_to_id("<|im_start|>")
         self._close: int = self._bpe.token_to_id("<|im_end|>")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. It is all words: even "<|im_end|>" in it is no control token."""
+        """Token ids of `text`. It is all words: even "<|im_end|>" in it is no control token.
+
+        A few bytes that text does not need, such as 0x16, have no token and are dropped.
+        """
         ids: list[int] = self._bpe.encode(text).ids
         return ids
 
@@ -88,7 +95,7 @@ class Tokenizer:
         return [*answer, *user, self._open, *self.encode("assistant\n")]
 
 
-def _byte_level_bpe(reader: GGUFReader) -> Any:
+def _byte_level_bpe(reader: GGUFReader, control: Iterable[int]) -> Any:
     """Build the tokenizer: digits one by one, then words as GPT-2 cuts them."""
     try:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -108,8 +115,6 @@ def _byte_level_bpe(reader: GGUFReader) -> Any:
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    types = read_field(reader, "tokenizer.ggml.token_type")
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    bpe.encode_special_tokens = True
+    bpe.add_special_tokens([AddedToken(tokens[token], normalized=False) for token in control])
+    bpe.encode_special_tokens = True  # as text, letter by letter
     return bpe

@@ -106,7 +106,7 @@ def _open(path: Path) -> GGUFReader:
         raise ConfigError("reading GGUF files needs `pip install 'kvswitch[demo]'`") from error
     try:
         return GGUFReader(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise ConfigError(f"cannot read {path} as a GGUF file: {error}") from error
 
 

@@ -21,6 +21,7 @@ __all__ = ["Conversations", "PromptMaker", "Script", "Workload", "load_lengths"]
 PromptMaker = Callable[[int, int, int], list[int]]
 """(conversation, turn, tokens) -> token ids of a user's message of about so many tokens."""
 
+_FEWEST = 12  # tokens of a user's message: the chat format alone takes most of them
 _EPOCHS = 4096  # length of a priority trace; it starts anew at its end
 
 
@@ -131,7 +132,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 Script(
                     arrival=float(arrival),
                     prompts=[
-                        prompt(index, turn, max(1, min(tokens, wanted.prompt_tokens)))
+                        prompt(index, turn, max(_FEWEST, min(tokens, wanted.prompt_tokens)))
                         for turn, (tokens, _) in enumerate(turns)
                     ],
                     outputs=[max(2, min(tokens, wanted.output_tokens)) for _, tokens in turns],

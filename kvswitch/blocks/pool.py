@@ -125,7 +125,7 @@ class BlockGroupPool:
             Size of the whole table afterwards. Nothing happens if it has as many.
         expected : int, optional
             Blocks the sequence is expected to need in all, which sizes its new active group.
-            By default this is learned from how much sequences came to grow.
+            By default, and once it has more, this is learned from how much sequences came to grow.
 
         Raises
         ------
@@ -217,10 +217,8 @@ class BlockGroupPool:
         table = self._table(sequence)
         del self._tables[sequence]
         if table.born:
-            # Towards the median, in steps of an eighth.
-            step = max(self._growth, 1.0) / 8
-            grown = table.size - table.born
-            self._growth = max(self._growth + (step if grown > self._growth else -step), 0.0)
+            grown = table.size + table.dropped - table.born
+            self._growth += (grown - self._growth) / 16
         self._end_group(table)
         return table.ids()
 
@@ -391,12 +389,12 @@ class BlockGroupPool:
 
     def _room(self, blocks: int, need: int, expected: int | None) -> int:
         """How many blocks beyond those needed a new active group should have."""
-        wanted = self._growth if expected is None or expected <= blocks else expected - blocks
-        # Two thirds of what is free may lie in tails, a tenth of what would cost cached content;
-        # all sequences and this new one share it.
+        wanted = self._growth if expected is None or expected < blocks else expected - blocks
+        # An equal share, among all sequences, of two thirds of what is free, and of a tenth of
+        # what would cost cached content (shares measured on tests/benchmarks/test_bench_blocks.py).
         cached = self._cached.blocks
-        tails = max(self._free_blocks - cached - need, 0) * 2 // 3 + cached // 10
-        return int(min(wanted, tails // (len(self._tables) + 1)))
+        free = max(self._free_blocks - cached - need, 0) * 2 // 3 + cached // 10
+        return int(min(wanted, free // (len(self._tables) + 1)))
 
     def _use(self, table: Table, need: int) -> int:
         """Move up to `need` blocks from the active group's tail to the table; return how many."""

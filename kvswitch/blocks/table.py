@@ -18,11 +18,11 @@ class Table:
         Number of blocks.
     next, end : int
         The unused tail of the active group: blocks from `next` up to, not including, `end`.
-    born : int
-        Size after the first allocation; 0 before it.
+    born, dropped : int
+        Size after the first allocation (0 before it), and number of blocks truncated.
     """
 
-    __slots__ = ("_buffer", "_ids", "born", "end", "next", "size")
+    __slots__ = ("_buffer", "_ids", "born", "dropped", "end", "next", "size")
 
     def __init__(self) -> None:
         self._buffer: BlockIds = np.empty(8, np.int32)
@@ -31,6 +31,7 @@ class Table:
         self.next = 0
         self.end = 0
         self.born = 0
+        self.dropped = 0
 
     @property
     def last(self) -> int:
@@ -69,6 +70,7 @@ class Table:
     def truncate(self, size: int) -> BlockIds:
         """Keep the first `size` ids and return the others."""
         dropped = self.ids()[size:]
+        self.dropped += len(dropped)
         self.size = size
         self._ids = None
         self._reserve(size)  # a new buffer, so that ids handed out before stay what they were

@@ -2,13 +2,16 @@
 
 from kvswitch.switch.facade import KVSwitch, Ready, Resumed, SwapTicket
 from kvswitch.switch.manager import Resumption, SwapManager
+from kvswitch.switch.ranks import RankReports
 from kvswitch.switch.sequence import SequenceState
 from kvswitch.switch.stats import SwapStats
 from kvswitch.switch.strategy import Arrival, Strategy
+from kvswitch.switch.worker import SwapWorker
 
 __all__ = [
     "Arrival",
     "KVSwitch",
+    "RankReports",
     "Ready",
     "Resumed",
     "Resumption",
@@ -17,4 +20,5 @@ __all__ = [
     "SwapManager",
     "SwapStats",
     "SwapTicket",
+    "SwapWorker",
 ]

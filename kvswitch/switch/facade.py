@@ -12,20 +12,24 @@ It joins the planner and the transfer engine in one process. The calls of one it
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
 from typing import Any
 
 from kvswitch.config import Config
-from kvswitch.errors import ConfigError, InvalidTransition, TransferError
-from kvswitch.hooks import plugin_manager, registered
-from kvswitch.messages import BlockIds, Measurement, Observations
+from kvswitch.errors import ConfigError, InvalidTransition
+from kvswitch.hooks import make_registered, plugin_manager
+from kvswitch.messages import BlockIds, Transfer
+from kvswitch.scheduling import PriorityPolicy
 from kvswitch.switch.manager import SwapManager
 from kvswitch.switch.sequence import SequenceState
 from kvswitch.switch.stats import SwapStats
-from kvswitch.transfer import Backend, HostArena, Layout, TransferEngine, layout_of
+from kvswitch.switch.worker import SwapWorker
+from kvswitch.transfer import Backend, HostArena, Layout, Ticket, TransferEngine, layout_of
 
 __all__ = ["KVSwitch", "Ready", "Resumed", "SwapTicket"]
 
@@ -42,7 +46,7 @@ class SwapTicket:
     @property
     def done(self) -> bool:
         """Whether it has ended, as far as the last `KVSwitch.step` knows."""
-        return self.id not in self._switch.planner.under_way
+        return not self._switch.planner.is_under_way(self.id)
 
     def wait(self) -> None:
         """Block until it has ended. Its sequence is then in the next step's `Ready.landed`."""
@@ -125,9 +129,6 @@ class KVSwitch:
             )
         self.block_tokens = block_tokens
         self.layout = layout
-        self._hooks = plugin_manager(plugins)
-        if backend is None:
-            backend = self._make_backend(config.backend, kv_cache)
         self.planner = SwapManager(
             layout.num_blocks,
             host_blocks,
@@ -138,17 +139,28 @@ class KVSwitch:
             strategy=config.strategy,
             swap=config.preemption == "switch",
             reuse=config.reuse,
-            on_lost=self._on_lost,
+            on_lost=self._note_lost,
         )
-        self._keep_alive = kv_cache
-        self._backend = backend
-        self._arena = HostArena(host_blocks * layout.block_bytes)
-        self._engine = TransferEngine(
-            backend, layout, self._arena.layout(layout), window_bytes=config.window_bytes
-        )
+        self._hooks = plugin_manager(plugins)
+        self._grow = self.planner.grow
+        self._lost: list[tuple[Hashable, int]] = []
         self._stall = self._overhead = 0.0
         self._step_ended: float | None = None
-        self._closed = False
+        arena = HostArena(host_blocks * layout.block_bytes)
+        try:
+            if backend is None:
+                backend = self._make_backend(config.backend, kv_cache)
+            engine = TransferEngine(
+                backend, layout, arena.layout(layout), window_bytes=config.window_bytes
+            )
+        except BaseException:
+            arena.close()
+            raise
+        self._worker = SwapWorker(
+            engine, backend, on_started=self._on_started, on_ended=self._on_ended
+        )
+        # Holds what transfers touch until they have ended, even if this object is just dropped.
+        self._shut = weakref.finalize(self, _shut, engine, arena, kv_cache)
 
     # -- verbs -------------------------------------------------------------------------------
 
@@ -168,12 +180,16 @@ class KVSwitch:
             It is off the device, or its turn has ended: resume it first.
         """
         started = perf_counter()
-        table: BlockIds | None = self.planner.grow(sequence, tokens)
+        table: BlockIds | None = self._grow(sequence, tokens)
         if table is None:
             self._check_open()
-            table = self._hooks.hook.kvswitch_allocate(
-                switch=self, sequence=sequence, tokens=tokens, expected=expected
-            )
+            try:
+                table = self._hooks.hook.kvswitch_allocate(
+                    switch=self, sequence=sequence, tokens=tokens, expected=expected
+                )
+            finally:
+                self._overhead += perf_counter() - started
+            return table
         self._overhead += perf_counter() - started
         return table
 
@@ -190,22 +206,18 @@ class KVSwitch:
         HostMemoryExhausted
             The host can hold nothing of it. It stays as it was: let it run on, or `discard` it.
         InvalidTransition
-            It has been preempted already.
+            It has been preempted already, or has no room for so many tokens.
         """
-        started = perf_counter()
-        self._check_open()
-        self._hooks.hook.kvswitch_preempt(switch=self, sequence=sequence, tokens=tokens)
-        self._overhead += perf_counter() - started
+        with self._verb():
+            self._hooks.hook.kvswitch_preempt(switch=self, sequence=sequence, tokens=tokens)
 
     def discard(self, sequence: Hashable, tokens: int | None = None) -> None:
         """Take `sequence` off the device without sending anything.
 
         What the host has of it already stays valid; the rest will be recomputed.
         """
-        started = perf_counter()
-        self._check_open()
-        self.planner.preempt(sequence, tokens, copy=False)
-        self._overhead += perf_counter() - started
+        with self._verb():
+            self.planner.preempt(sequence, tokens, copy=False)
 
     def resume(self, sequence: Hashable, tokens: int | None = None) -> Resumed:
         """Bring `sequence` back; its swap-in starts with the next `step`.
@@ -222,37 +234,57 @@ class KVSwitch:
         InvalidTransition
             It is on the device already.
         """
-        started = perf_counter()
-        self._check_open()
-        back = self._hooks.hook.kvswitch_resume(switch=self, sequence=sequence, tokens=tokens)
-        ticket = None if back.transfer is None else SwapTicket(self, back.transfer)
-        self._overhead += perf_counter() - started
-        return Resumed(back.tokens, ticket)
+        with self._verb():
+            back = self._hooks.hook.kvswitch_resume(switch=self, sequence=sequence, tokens=tokens)
+            ticket = None if back.transfer is None else SwapTicket(self, back.transfer)
+            return Resumed(back.tokens, ticket)
 
     def end_turn(self, sequence: Hashable, tokens: int | None = None) -> None:
-        """Mark the turn as over: its KV goes out at idle priority, and the next turn resumes it."""
-        started = perf_counter()
-        self.planner.end_turn(sequence, tokens)
-        self._overhead += perf_counter() - started
+        """Mark the turn as over: its KV goes out at idle priority, and the next turn resumes it.
+
+        Parameters
+        ----------
+        tokens : int, optional
+            Tokens whose KV has been computed; all it was allocated for if not given.
+
+        Raises
+        ------
+        InvalidTransition
+            It is off the device or idle, or has no room for so many tokens.
+        """
+        with self._verb():
+            self.planner.end_turn(sequence, tokens)
 
     def free(self, sequence: Hashable) -> None:
         """Forget `sequence`: device blocks and host copies go, transfers are cancelled."""
-        started = perf_counter()
-        self._check_open()
-        self._hooks.hook.kvswitch_free(switch=self, sequence=sequence)
-        self._overhead += perf_counter() - started
+        with self._verb():
+            self._hooks.hook.kvswitch_free(switch=self, sequence=sequence)
 
     def truncate(self, sequence: Hashable, tokens: int) -> int:
-        """Keep only the first `tokens` of `sequence`; how many are kept (see SwapManager)."""
-        return self.planner.truncate(sequence, tokens)
+        """Keep only the first `tokens` of `sequence`; how many are kept (see `SwapManager`)."""
+        with self._verb():
+            return self.planner.truncate(sequence, tokens)
 
     def fork(self, parent: Hashable, child: Hashable, tokens: int) -> int:
         """Create `child` on `parent`'s leading full blocks; the tokens it starts with."""
-        return self.planner.fork(parent, child, tokens)
+        with self._verb():
+            return self.planner.fork(parent, child, tokens)
 
     def set_priority(self, sequence: Hashable, priority: float) -> None:
         """Set how much `sequence` matters (larger is more): who loses host copies first."""
         self.planner.set_priority(sequence, priority)
+
+    def policy(self, name: str, **settings: Any) -> PriorityPolicy:
+        """Make the priority policy that a plug-in has registered under `name`.
+
+        Raises
+        ------
+        ConfigError
+            There is none, or it has no such settings.
+        """
+        policies = self._hooks.hook.kvswitch_policies()
+        policy: PriorityPolicy = make_registered(policies, name, "priority policy", **settings)
+        return policy
 
     # -- the iteration ---------------------------------------------------------------------------
 
@@ -271,52 +303,32 @@ class KVSwitch:
         self._check_open()
         forward = None if self._step_ended is None else started - self._step_ended
         stalled = self._stall
-        self.planner.observe(self._observations(forward))
+        self.planner.observe(self._worker.report(step_seconds=forward))
         self._dispatch(stream)
-        ready = Ready(self.planner.landed(), self.planner.queue(SequenceState.ARRIVING))
+        ready = Ready(self.planner.landed(), self.arriving)
+        while self._lost:
+            sequence, tokens = self._lost.pop(0)
+            self._tell(self._hooks.hook.kvswitch_copies_lost, sequence=sequence, tokens=tokens)
         self._step_ended = perf_counter()
         self._overhead += self._step_ended - started - (self._stall - stalled)
         return ready
 
-    def _dispatch(self, stream: object | None = None, also: tuple[int, ...] = ()) -> None:
-        orders = self.planner.orders()
-        refused = []
-        if orders.transfers:
-            fence = self._backend.fence(stream)
-            for transfer in orders.transfers:
-                try:
-                    self._engine.submit(transfer, fence=fence)
-                except TransferError as error:
-                    _log.warning("cannot swap: %s; the sequences concerned are recomputed", error)
-                    refused.append(transfer.id)
-                else:
-                    self._hooks.hook.kvswitch_transfer_started(switch=self, transfer=transfer)
-        for transfer_id in orders.cancel:
-            self._engine.cancel(transfer_id)
-        if refused:
-            self.planner.observe(Observations(failed=tuple(refused)))
-        if wait := {*orders.wait, *also} - {*refused}:
-            started = perf_counter()
-            self._engine.wait(wait)
-            self._stall += perf_counter() - started
-            self.planner.observe(self._observations(None))
-
-    def _observations(self, forward: float | None) -> Observations:
-        completed: list[int] = []
-        failed: list[int] = []
-        measurements: list[Measurement] = []
-        for ticket in self._engine.poll():
-            (failed if ticket.error else completed).append(ticket.id)
-            if not ticket.error:
-                measurements.append(Measurement(ticket.direction, ticket.nbytes, ticket.seconds))
-            self._hooks.hook.kvswitch_transfer_ended(switch=self, ticket=ticket)
-        return Observations(tuple(completed), tuple(failed), tuple(measurements), forward)
+    def _dispatch(self, stream: object | None = None, *, also: int | None = None) -> None:
+        self._worker.submit(self.planner.orders(), stream, also=also)
+        if stalled := self._worker.wait():
+            self._stall += stalled
+            self.planner.observe(self._worker.report())
 
     def _wait_for(self, transfer: int) -> None:
         self._check_open()
-        self._dispatch(also=(transfer,))
+        self._dispatch(also=transfer)
 
     # -- questions -------------------------------------------------------------------------------
+
+    @property
+    def arriving(self) -> Mapping[Hashable, object]:
+        """Sequences whose swap-in has not ended: preempting one frees no blocks at once."""
+        return self.planner.queue(SequenceState.ARRIVING)
 
     def available_blocks(self, *, headroom: bool = True) -> int:
         """Device blocks to be had without preempting anybody (see `SwapManager`)."""
@@ -334,10 +346,10 @@ class KVSwitch:
 
     def close(self) -> None:
         """End all transfers and give the host memory back. May be called again."""
-        if not self._closed:
-            self._closed = True
-            self._engine.close()
-            self._arena.close()
+        if self._shut.alive:
+            self._worker.submit(self.planner.orders())
+            self._shut()
+            self.planner.observe(self._worker.report())
 
     def __enter__(self) -> KVSwitch:
         return self
@@ -350,17 +362,48 @@ class KVSwitch:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def _verb(self) -> Iterator[None]:
+        """Count the time of a verb as overhead, whether it succeeds or not."""
+        started = perf_counter()
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._overhead += perf_counter() - started
+
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._shut.alive:
             raise InvalidTransition("this KVSwitch has been closed")
 
-    def _on_lost(self, sequence: Hashable, tokens: int) -> None:
-        self._hooks.hook.kvswitch_copies_lost(switch=self, sequence=sequence, tokens=tokens)
+    def _on_started(self, transfer: Transfer) -> None:
+        self._tell(self._hooks.hook.kvswitch_transfer_started, transfer=transfer)
+
+    def _on_ended(self, ticket: Ticket) -> None:
+        self._tell(self._hooks.hook.kvswitch_transfer_ended, ticket=ticket)
+
+    def _note_lost(self, sequence: Hashable, tokens: int) -> None:
+        # Told to observers with the next step: not while a verb is half done.
+        self._lost.append((sequence, tokens))
+
+    def _tell(self, hook: Callable[..., object], **what: object) -> None:
+        """Call an observer; its failure is nobody else's."""
+        try:
+            hook(switch=self, **what)
+        except Exception:
+            _log.exception("a plug-in has failed to observe")
 
     def _make_backend(self, name: str, kv_cache: Any) -> Backend:
         if name == "auto":
             first = kv_cache[0] if isinstance(kv_cache, list | tuple) else kv_cache
             name = "cuda" if getattr(first, "is_cuda", False) else "cpu"
-        factory = registered(self._hooks.hook.kvswitch_backends(), name, "copy backend")
-        backend: Backend = factory()
+        backend: Backend = make_registered(
+            self._hooks.hook.kvswitch_backends(), name, "copy backend"
+        )
         return backend
+
+
+def _shut(engine: TransferEngine, arena: HostArena, kv_cache: object) -> None:
+    """End all transfers, then give the memory back that they touched."""
+    engine.close()
+    arena.close()

@@ -1,8 +1,9 @@
 """Transfers under way, and the device blocks that they hold.
 
-A swap-out holds a reference on the blocks it reads, a swap-in on those it writes. Blocks that only
-a swap-out still holds can be *taken*: by the sequence itself when it resumes, or by another whose
-writer then waits for that transfer.
+A swap-out holds a reference on the blocks it reads, a swap-in on those it writes. So a block goes
+back to its pool when the last transfer that touches it has ended. Before that, a block that only
+swap-outs still hold can be *taken*, by somebody whose writer then waits for them; and as long as
+nobody has, it is *still here*: its sequence can have it back without a copy.
 """
 
 from __future__ import annotations
@@ -29,18 +30,22 @@ class Traffic:
     ----------
     out, into : dict
         Swap-outs and swap-ins that have not ended, in order of id.
-    leaving_blocks : int
-        Device blocks that will be free when the swap-outs under way have ended.
     """
 
     def __init__(self, device: BlockGroupPool) -> None:
         self.out: dict[int, Outgoing] = {}
         self.into: dict[int, Incoming] = {}
-        self.leaving_blocks = 0
         self._device = device
         self._next_id = 0
         self._planned: list[Transfer] = []
         self._cancelled: list[int] = []
+        # Of each block: how many swap-outs read it, the newest that did, and the id that was next
+        # when it was last taken (what was planned before reads bytes that are about to change).
+        self._readers = np.zeros(device.num_blocks, np.int32)
+        self._newest = np.zeros(device.num_blocks, np.int64)
+        self._taken = np.zeros(device.num_blocks, np.int64)
+
+    # -- orders --------------------------------------------------------------------------------
 
     def plan(self, direction: Direction, runs: Runs, after: Iterable[int] = ()) -> Transfer:
         """Give a transfer its id and put it on the list of the next orders."""
@@ -49,34 +54,41 @@ class Traffic:
         self._planned.append(transfer)
         return transfer
 
-    def send(self, s: SwapSequence, fill: Fill, blocks: BlockIds) -> Outgoing:
-        """Plan the swap-out of `blocks`; the caller's reference on them passes to the transfer."""
-        transfer = self.plan(Direction.OUT, coalesce(blocks, fill.blocks))
-        out = Outgoing(transfer, s, fill, blocks, np.zeros(len(blocks), np.bool_))
-        self.out[transfer.id] = out
-        s.outgoing.append(out)
-        return out
-
-    def cancel(self, transfer: int) -> None:
+    def cancel(self, transfer: Transfer) -> None:
         """Nobody wants its bytes any more; it ends like any other, sooner perhaps."""
-        self._cancelled.append(transfer)
+        self._cancelled.append(transfer.id)
 
     def take_orders(self) -> tuple[tuple[Transfer, ...], tuple[int, ...]]:
         """What has been planned and cancelled since the last call."""
         planned, cancelled = tuple(self._planned), tuple(self._cancelled)
-        self._planned, self._cancelled = [], []
-        return planned, tuple(t for t in cancelled if t in self.out or t in self.into)
+        if planned or cancelled:
+            self._planned, self._cancelled = [], []
+            cancelled = tuple(t for t in cancelled if t in self.out or t in self.into)
+        return planned, cancelled
+
+    # -- begin and end -------------------------------------------------------------------------
+
+    def send(self, s: SwapSequence, fill: Fill, blocks: BlockIds) -> Outgoing:
+        """Plan the swap-out of `blocks`; the caller's reference on them passes to the transfer."""
+        transfer = self.plan(Direction.OUT, coalesce(blocks, fill.blocks))
+        out = self.out[transfer.id] = Outgoing(transfer, s, fill, blocks)
+        s.outgoing.append(out)
+        self._readers[blocks] += 1
+        self._newest[blocks] = transfer.id
+        return out
 
     def end_out(self, transfer: int) -> Outgoing:
         """Forget an ended swap-out and release its blocks."""
         out = self.out.pop(transfer)
-        if out.leaving:
-            self.leaving_blocks -= int(np.count_nonzero(~out.taken))
+        self._readers[out.blocks] -= 1
         self._device.release(out.blocks)
         out.sequence.outgoing.remove(out)
-        if out.sequence.left is out:
-            out.sequence.left = None
         return out
+
+    def begin_in(self, incoming: Incoming) -> None:
+        """Let a planned swap-in hold the blocks it writes."""
+        self._device.hold(incoming.blocks)
+        self.into[incoming.transfer.id] = incoming
 
     def end_in(self, transfer: int) -> Incoming:
         """Forget an ended swap-in and release its blocks."""
@@ -84,43 +96,70 @@ class Traffic:
         self._device.release(incoming.blocks)
         return incoming
 
-    def mark_leaving(self, s: SwapSequence) -> None:
-        """Count what `s`'s swap-outs hold as soon to be free: `s` itself needs it no more."""
-        for out in s.outgoing:
-            if not out.leaving:
-                out.leaving = True
-                self.leaving_blocks += len(out.blocks)
+    # -- blocks that swap-outs read --------------------------------------------------------------
 
     def takeable_blocks(self) -> int:
         """Number of blocks that `take` can give."""
         return sum(int(np.count_nonzero(self._takeable(out))) for out in self.out.values())
 
     def take(self, sequence: Hashable, blocks: int) -> list[int]:
-        """Give `sequence` blocks that swap-outs still read, oldest first; the ids to wait for."""
+        """Give `sequence` blocks that only swap-outs still hold, those that end first.
+
+        Returns
+        -------
+        list of int
+            Ids of transfers that must have ended before the blocks are written.
+        """
         after = []
         for out in self.out.values():
             if blocks == 0:
                 break
-            places = np.flatnonzero(self._takeable(out))[:blocks]
-            if len(places):
-                out.taken[places] = True
-                self._device.attach(sequence, out.blocks[places])
-                self.leaving_blocks -= len(places)
+            ids = out.blocks[self._takeable(out)][:blocks]
+            if len(ids):
+                self._device.attach(sequence, ids)
+                self._taken[ids] = self._next_id
                 after.append(out.transfer.id)
-                blocks -= len(places)
+                blocks -= len(ids)
         if blocks:
             raise IntegrityError(f"{blocks} blocks promised to {sequence!r} are not to be had")
         return after
 
     def _takeable(self, out: Outgoing) -> npt.NDArray[np.bool_]:
-        if not out.leaving:
-            return np.zeros(len(out.blocks), np.bool_)
-        alone: npt.NDArray[np.bool_] = self._device.references(out.blocks) == 1
-        return alone & ~out.taken
+        # A block that several swap-outs read is given together with the newest: it ends last.
+        only_read = self._device.references(out.blocks) == self._readers[out.blocks]
+        mask: npt.NDArray[np.bool_] = only_read & (self._newest[out.blocks] == out.transfer.id)
+        return mask
+
+    def still_here(self, s: SwapSequence, blocks: int) -> BlockIds:
+        """Which of `s`'s first `blocks` blocks the device still has, although it has left.
+
+        Returns
+        -------
+        BlockIds
+            Shape [blocks]; -1 where the bytes are on the host only.
+        """
+        here = np.full(blocks, -1, np.int32)
+        for out in s.outgoing:  # a later one has what an earlier one was too early for
+            first = out.fill.first
+            ids = out.blocks[: max(0, blocks - first)]
+            intact = self._taken[ids] <= out.transfer.id
+            here[first : first + len(ids)] = np.where(intact, ids, -1)
+        return here
+
+    def shared(self, s: SwapSequence, block: int) -> bool:
+        """Whether somebody else than `s` and its swap-outs uses a block."""
+        own = sum(block in out.blocks for out in s.outgoing) + (block in s.table)
+        return int(self._device.references(np.array([block], np.int32))[0]) > own
+
+    # -- bookkeeping -----------------------------------------------------------------------------
 
     def add_references(self, counts: npt.NDArray[np.int32]) -> None:
         """Add what transfers hold to `counts`, one a device block (for integrity checks)."""
-        for held in self.out.values():
-            np.add.at(counts, held.blocks, 1)
+        readers = np.zeros_like(counts)
+        for out in self.out.values():
+            readers[out.blocks] += 1
+        if (wrong := np.flatnonzero(readers != self._readers)).size:
+            raise IntegrityError(f"wrong number of swap-outs on blocks {wrong[:8].tolist()}")
+        counts += readers
         for incoming in self.into.values():
-            np.add.at(counts, incoming.blocks, 1)
+            counts[incoming.blocks] += 1

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import Final, NamedTuple
 
-from kvswitch.errors import ConfigError
+from kvswitch.errors import ConfigError, TransferError
 from kvswitch.messages import Direction
 from kvswitch.transfer.backend import DeadQueue, Event
 from kvswitch.transfer.pieces import Pieces
@@ -20,7 +20,7 @@ from kvswitch.transfer.plan import Copies
 
 __all__ = ["CpuBackend"]
 
-_BACK_OFF: Final = 0.25  # seconds without copies one by one after the GIL was slow to come
+_BACK_OFF: Final = 0.1  # seconds without copies one by one after the GIL was slow to come
 
 
 class _Point:
@@ -60,6 +60,12 @@ class _CpuEvent:
         return self.point is None or self.point.reached.wait(timeout)
 
 
+def _own(event: Event) -> _CpuEvent:
+    if not isinstance(event, _CpuEvent):
+        raise TransferError(f"{event!r} is no event of the CPU backend: use its event() or fence()")
+    return event
+
+
 class _Window(NamedTuple):
     pieces: Pieces
     first: bool  # of its transfer
@@ -82,17 +88,16 @@ class _CpuQueue:
         self._give(_Window(Pieces(copies, start, stop), start == 0))
 
     def record(self, event: Event | None = None) -> Event:
-        marked = _CpuEvent() if event is None else event
-        assert isinstance(marked, _CpuEvent)
+        marked = _CpuEvent() if event is None else _own(event)
         point = _Point()
         self._give(point)
         marked.point = point
         return marked
 
     def wait(self, event: Event) -> None:
-        assert isinstance(event, _CpuEvent)
-        if not event.done() and event.point is not None:
-            self._give(event.point.reached)
+        point = _own(event).point
+        if point is not None:
+            self._give(point.reached)
 
     def close(self) -> None:
         with self._changed:
@@ -159,6 +164,9 @@ class _CpuQueue:
 
 class CpuBackend:
     """Copies between two places in host memory, in the place of a GPU.
+
+    One window takes the GIL once; windows of large pieces (256 KiB and more) once for each piece,
+    as long as no other thread makes that slow.
 
     Parameters
     ----------

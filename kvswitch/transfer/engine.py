@@ -34,7 +34,8 @@ __all__ = ["TransferEngine"]
 class TransferEngine:
     """Moves blocks between device and host in the background.
 
-    Its threads take the GIL a fixed number of times per window, whatever a window holds.
+    Nothing is done in Python for each block or copy: the dispatchers take the GIL a few times for
+    each transfer and once for each window.
 
     Parameters
     ----------
@@ -121,7 +122,7 @@ class TransferEngine:
             after_other = 0
             for earlier in transfer.after:
                 found = self._ledger.under_way.get(earlier)
-                if found is not None and found.direction is not transfer.direction:
+                if found is not None and found.direction != transfer.direction:
                     after_other = max(after_other, earlier + 1)
             for side, blocks in enumerate(sides):
                 # Our source is the other lane's destination.

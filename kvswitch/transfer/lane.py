@@ -179,6 +179,7 @@ class Lane:
             if event is not None:
                 with suppress(BaseException):
                     event.wait()
+        self._waiting.clear()
         for job in list(self.jobs):
             self._end(job, self._ledger.dead)
 
@@ -275,6 +276,8 @@ class Lane:
     def _end(self, job: Job, failure: BaseException | None) -> None:
         ticket, ledger = job.ticket, self._ledger
         error = None
+        if failure is None and not job.complete:
+            failure = ledger.dead
         if failure is not None:
             what = ledger.obituary() if failure is ledger.dead else f"{failure!r}"
             error = TransferError(f"transfer {ticket.id} failed: {what}")

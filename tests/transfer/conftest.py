@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from kvswitch.errors import TransferError
 from kvswitch.messages import Direction, Runs, Transfer
 from kvswitch.transfer import (
     Copies,
     CpuBackend,
     DeadQueue,
     Event,
-    Layout,
     Ticket,
     TransferEngine,
     coalesce,
@@ -95,8 +93,8 @@ class ChaosQueue:
         self.go.set()
         self.given: list[int] = []  # bytes of each window dispatched
         self.moved: list[int] = []  # bytes of each window that has been copied
-        self.refuse: list[BaseException] = []  # raised by the next calls of copy()
-        self.fail: dict[int, BaseException] = {}  # raised when the k-th window is copied
+        self.refuse: list[BaseException | None] = []  # raised by the next calls of copy()
+        self.before: dict[int, Callable[[], object]] = {}  # done before the k-th window is copied
         self.waits: list[Event] = []
         self._delay = delay
         self._work: deque[Callable[[], None] | None] = deque()
@@ -104,25 +102,41 @@ class ChaosQueue:
         self._failure: Exception | None = None
         self._dead: DeadQueue | None = None
         self._points: list[ChaosPoint] = []
-        self._thread = threading.Thread(target=self._run, name=f"chaos-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=f"chaos-{name}", daemon=True)
         self._thread.start()
 
+    def run(self, kernel: Callable[[], None]) -> None:
+        """Compute something."""
+
+        def work() -> None:
+            self.go.wait()
+            kernel()
+
+        self._give(work)
+
     def copy(self, copies: Copies, start: int, stop: int) -> None:
-        if self.refuse:
-            raise self.refuse.pop(0)
+        if self.refuse and (error := self.refuse.pop(0)) is not None:
+            raise error
         number = len(self.given)
         pieces = [a[start:stop].tolist() for a in (copies.dst, copies.src, copies.nbytes)]
 
         def move() -> None:
             self.go.wait()
-            if number in self.fail:
-                raise self.fail[number]
+            self.before.get(number, bool)()
             for dst, src, nbytes in zip(*pieces, strict=True):
                 ctypes.memmove(dst, src, nbytes)
             self.moved.append(sum(pieces[2]))
 
         self._give(move)
         self.given.append(sum(pieces[2]))
+
+    def fail(self, window: int, error: BaseException) -> None:
+        """Let the k-th window fail, or the thread die if that is no `Exception`."""
+
+        def fail() -> None:
+            raise error
+
+        self.before[window] = fail
 
     def record(self, event: Event | None = None) -> Event:
         marked = event if isinstance(event, ChaosEvent) else ChaosEvent()
@@ -156,7 +170,7 @@ class ChaosQueue:
         self._work.append(work)
         self._ready.release()
 
-    def _run(self) -> None:
+    def _serve(self) -> None:
         while True:
             self._ready.acquire()
             work = self._work.popleft()
@@ -183,8 +197,9 @@ class ChaosBackend:
         """With a `seed`, queues take random breaks between what they do."""
         self.coalesce = coalesce
         self.closed = 0
-        self._random = None if seed is None else random.Random(seed)
         self.queues: dict[Direction, ChaosQueue] = {}
+        self._streams: list[ChaosQueue] = []
+        self._random = None if seed is None else random.Random(seed)
 
     def open_queue(self, direction: Direction) -> ChaosQueue:
         self.queues[direction] = ChaosQueue(direction.name.lower(), self._delay)
@@ -194,18 +209,23 @@ class ChaosBackend:
         return ChaosEvent()
 
     def fence(self, stream: object | None) -> Event | None:
-        return None
+        return stream.record() if isinstance(stream, ChaosQueue) else None
+
+    def stream(self) -> ChaosQueue:
+        """What the inference engine computes on."""
+        self._streams.append(ChaosQueue("stream", self._delay))
+        return self._streams[-1]
 
     def pause(self, direction: Direction) -> None:
         self.queues[direction].go.clear()
 
     def resume(self) -> None:
-        for queue in self.queues.values():
+        for queue in (*self.queues.values(), *self._streams):
             queue.go.set()
 
     def close(self) -> None:
         self.closed += 1
-        for queue in self.queues.values():
+        for queue in (*self.queues.values(), *self._streams):
             queue.close()
 
     def _delay(self) -> float:
@@ -353,6 +373,3 @@ def make_world() -> Iterator[Callable[..., World]]:
             return world
 
         yield make
-
-
-__all__ = ["ChaosBackend", "Layout", "TransferError", "World"]

@@ -122,7 +122,9 @@ def test_an_array_given_twice_is_refused() -> None:
         (Region(0, 16, 8), Region(8, 32, 8), False),  # woven with different strides
     ],
 )
-def test_regions_may_be_woven_but_share_no_bytes(first: Region, second: Region, apart: bool) -> None:
+def test_regions_may_be_woven_but_share_no_bytes(
+    first: Region, second: Region, apart: bool
+) -> None:
     for regions in ((first, second), (second, first)):
         if apart:
             Layout(regions, 10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -24,7 +26,9 @@ def pairs_of(runs: Runs) -> list[tuple[int, int]]:
 def pairings(draw: st.DrawFn, blocks: int = 24) -> tuple[list[int], list[int]]:
     """Source and destination blocks, often contiguous, in any order."""
     pieces = draw(st.lists(st.tuples(st.integers(0, blocks), st.integers(1, 5)), max_size=6))
-    src = list(dict.fromkeys(b for first, n in pieces for b in range(first, min(first + n, blocks))))
+    src = list(
+        dict.fromkeys(b for first, n in pieces for b in range(first, min(first + n, blocks)))
+    )
     dst = draw(st.permutations(range(blocks))) if draw(st.booleans()) else list(range(blocks))
     order = draw(st.permutations(range(len(src))))
     return [src[i] for i in order], [dst[: len(src)][i] for i in order]
@@ -52,6 +56,16 @@ def apply(copies: Copies, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
         dst[int(to) : int(to + n)] = src[int(at) : int(at + n)]
         writes[int(to) : int(to + n)] += 1
     return writes
+
+
+def check_windows(copies: Copies, window_bytes: int) -> None:
+    edges = copies.windows.tolist()
+    per_window = np.array([copies.nbytes[a:b].sum() for a, b in pairwise(edges)])
+    assert edges[0] == 0
+    assert edges[-1] == len(copies.src)
+    assert (per_window >= 1).all()
+    assert (per_window <= window_bytes).all()
+    assert (4 * per_window[:-1] >= 3 * window_bytes).all()
 
 
 @given(pairings())
@@ -103,7 +117,9 @@ def test_lowered_copies_move_exactly_the_bytes_of_the_blocks(
     src, dst = layouts
     runs = coalesce(ids(*pairing[0]), ids(*pairing[1]))
     if not runs_are_merged:
-        runs = np.array([(*pair, 1) for pair in zip(*pairing, strict=True)], np.int32).reshape(-1, 3)
+        runs = np.array([(*pair, 1) for pair in zip(*pairing, strict=True)], np.int32).reshape(
+            -1, 3
+        )
     copies = lower(runs, src, dst, window_bytes=window_bytes, coalesce=merge)
 
     before = np.random.default_rng(0).integers(0, 256, 4096, np.uint8)
@@ -117,14 +133,7 @@ def test_lowered_copies_move_exactly_the_bytes_of_the_blocks(
     assert (apply(copies, before, actual) == touched).all()
     assert (actual == expected).all()
 
-    per_window = np.array(
-        [copies.nbytes[a:b].sum() for a, b in zip(copies.windows, copies.windows[1:], strict=False)]
-    )
-    assert copies.windows[0] == 0
-    assert copies.windows[-1] == len(copies.src)
-    assert (per_window >= 1).all()
-    assert (per_window <= window_bytes).all()
-    assert (4 * per_window[:-1] >= 3 * window_bytes).all()
+    check_windows(copies, window_bytes)
     for array in (copies.src, copies.dst, copies.nbytes):
         assert array.flags.c_contiguous
         assert array.dtype == np.uint64
@@ -138,6 +147,7 @@ def test_small_copies_are_not_cut_and_no_slivers_are_left(sizes: list[int], wind
     layout = Layout(regions, 1)
     copies = lower(np.array([[0, 0, 1]], np.int32), layout, layout, window_bytes=window)
     assert copies.num_copies == len(sizes)
+    check_windows(copies, window)
     for address, size in zip(addresses, sizes, strict=True):
         inside = (copies.src >= address) & (copies.src < address + size)
         pieces = copies.nbytes[inside].tolist()

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["FOOTNOTES", "HEADLINE_LABELS", "ROWS", "TITLES", "Row", "factor"]
+__all__ = ["FOOTNOTES", "HEADLINE_LABELS", "ROWS", "Row", "factor", "title"]
 
-TITLES = {
-    "reference": "no preemption",
-    "recompute": "recompute",
-    "per-block": "per-block",
-    "kvswitch": "kvswitch",
-}
-"""What the modes are called in headings."""
+_DASH = "\N{EN DASH}"
 
 FOOTNOTES = (
-    "–* too few samples: a quantile q takes 10 / (1 - q) of them, the 95th percentile 100.",
-    "– does not apply, or there was none.",
+    f"{_DASH}* too few samples: a quantile q takes 10 / (1 - q) of them, the 95th percentile 100.",
+    f"{_DASH} does not apply, or there was none.",
 )
 
 
@@ -46,7 +40,7 @@ class Row(NamedTuple):
         """The cell of one mode."""
         value = figures[self.figure]
         if value is None:
-            return "–*" if self.figure.startswith(("ttft", "tbt")) else "–"
+            return f"{_DASH}*" if self.figure.startswith(("ttft", "tbt")) else _DASH
         return f"{value * self.scale:,.{self.digits}f}"
 
 
@@ -55,22 +49,22 @@ ROWS = (
     Row("Speed", "TTFT p50", "s", "ttft_p50", 2),
     Row("Speed", "TTFT p90", "s", "ttft_p90", 2),
     Row("Speed", "TTFT p95", "s", "ttft_p95", 2),
-    Row("Speed", "time between tokens p50", "ms", "tbt_p50", 0, 1e3),
-    Row("Speed", "time between tokens p99", "ms", "tbt_p99", 0, 1e3),
-    Row("Speed", "time between tokens p99.9", "ms", "tbt_p999", 0, 1e3),
+    Row("Speed", "between tokens p50", "ms", "tbt_p50", 0, 1e3),
+    Row("Speed", "between tokens p99", "ms", "tbt_p99", 0, 1e3),
+    Row("Speed", "between tokens p99.9", "ms", "tbt_p999", 0, 1e3),
     Row("Copies", "swapped out", "blocks", "blocks_out"),
+    Row("Copies", "", "MB", "bytes_out", 1, 1e-6),
+    Row("Copies", "", "copies", "copies_out"),
     Row("Copies", "swapped in", "blocks", "blocks_in"),
-    Row("Copies", "swapped out", "MB", "bytes_out", 1, 1e-6),
-    Row("Copies", "swapped in", "MB", "bytes_in", 1, 1e-6),
-    Row("Copies", "copies out", "", "copies_out"),
-    Row("Copies", "copies in", "", "copies_in"),
-    Row("Copies", "blocks per copy, swap-ins", "", "blocks_per_copy_in", 1),
-    Row("Copies", "blocks per copy, full swap-outs", "", "blocks_per_copy_out_full", 1),
-    Row("Copies", "blocks per copy, incremental", "", "blocks_per_copy_out_incremental", 1),
-    Row("Copies", "swap-out spared by valid copies", "%", "share_spared", 1, 100),
+    Row("Copies", "", "MB", "bytes_in", 1, 1e-6),
+    Row("Copies", "", "copies", "copies_in"),
+    Row("Granularity", "swap-in", "blocks/copy", "blocks_per_copy_in", 1),
+    Row("Granularity", "full swap-out", "blocks/copy", "blocks_per_copy_out_full", 1),
+    Row("Granularity", "incremental swap-out", "blocks/copy", "blocks_per_copy_out_incremental", 1),
+    Row("Granularity", "swap-out spared", "%", "share_spared", 1, 100),
     Row("Switching", "stall time", "s", "stall", 3),
-    Row("Switching", "priority-inversion time", "s", "inversion", 2),
-    Row("Switching", "scheduling overhead, of an iteration", "%", "overhead_share", 2, 100),
+    Row("Switching", "priority inversion", "s", "inversion", 2),
+    Row("Switching", "scheduling overhead", "%", "overhead_share", 2, 100),
     Row("Switching", "preemptions", "", "preemptions"),
     Row("Switching", "recomputed tokens", "", "recomputed_tokens"),
 )
@@ -78,12 +72,17 @@ ROWS = (
 HEADLINE_LABELS = {
     "throughput_tokens_per_s": "throughput",
     "ttft_p95": "TTFT p95",
-    "tbt_p99": "time between tokens p99",
+    "tbt_p99": "between tokens p99",
     "stall": "stall time",
     "inversion": "priority inversion",
 }
 
 
+def title(mode: str) -> str:
+    """What a mode is called in headings."""
+    return "no preemption" if mode == "reference" else mode
+
+
 def factor(value: float | None) -> str:
     """A ratio as it is shown: 2.84x."""
-    return "–" if value is None else f"{value:,.2f}x"
+    return _DASH if value is None else f"{value:,.2f}x"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
-from kvswitch_demo.results import RunResult, TurnRecord
-
-if TYPE_CHECKING:
-    from kvswitch_demo.run import Switched
+from kvswitch_demo.results import RunResult, Switched, TurnRecord
 
 __all__ = ["Absence", "Transcript", "Utterance", "transcripts"]
 

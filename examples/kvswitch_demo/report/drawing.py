@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -28,7 +29,8 @@ PALETTE = {
 }
 """Colours by what they stand for: (on light paper, on dark paper).
 
-The modes' stay apart for the colour-blind: CIELAB distance >= 22 with any of the three dichromacies.
+The modes' stay apart for the colour-blind: CIELAB distance >= 22 under each of the three kinds of
+dichromacy.
 """
 
 LINES = {"reference": (0, (1, 1.2)), "recompute": (0, (4, 1.5)), "per-block": (0, (7, 1.5, 1, 1.5))}
@@ -36,7 +38,7 @@ LINES = {"reference": (0, (1, 1.2)), "recompute": (0, (4, 1.5)), "per-block": (0
 
 WIDTH = 10.8  # inches; the page is as many hundreds of pixels wide
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kvswitch",
     "font.size": 9,
@@ -72,7 +74,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def plain(axes: Axes, grid: str) -> None:
+def plain(axes: Axes, grid: Literal["x", "y"]) -> None:
     """Only a grid along one axis ("x" or "y"), no ticks or spine on the other."""
     axes.grid(axis=grid)
     other = "left" if grid == "x" else "bottom"
@@ -97,8 +99,8 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<svg[^>]*?viewBox=(\"[^\"]*\")[^>]*>", rf"<svg viewBox=\1 role=img>", svg, count=1)
-    svg = svg.replace("role=img>", f'role="img" aria-label="{title}">', 1)
+    tag = rf'<svg \1 role="img" aria-label="{title}">'
+    svg = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', tag, svg, count=1)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for variable, (light, _) in PALETTE.items():

@@ -67,16 +67,16 @@ class Identity(msgspec.Struct, frozen=True):
         return bool(self.compared and self.tokens) and not self.differences
 
     def __str__(self) -> str:
-        others = ", ".join(self.compared)
+        base = "the run without preemption" if self.against == "reference" else self.against
         if not (self.compared and self.tokens):
             return "Nothing to compare: it takes two runs with tokens."
         if self.identical:
             return (
                 f"All {self.tokens:,} tokens of {self.conversations:,} conversations are identical "
-                f"in {others} and {self.against}."
+                f"in {', '.join(self.compared)} and {base}."
             )
         return " ".join(
-            f"{mode} differs from {self.against} in {d.conversations} of {self.conversations:,} "
+            f"{mode} differs from {base} in {d.conversations} of {self.conversations:,} "
             f"conversations, first in conversation {d.conversation} at position {d.position}: "
             f"token {_token(d.found)} instead of {_token(d.expected)}."
             for mode, d in self.differences.items()

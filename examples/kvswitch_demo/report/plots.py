@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from kvswitch_demo.drawing import LINES, WIDTH, colour, plain, styled, to_svg
+from kvswitch_demo.report.drawing import LINES, WIDTH, colour, plain, styled, to_svg
+from kvswitch_demo.report.table import title
 from kvswitch_demo.results import RunResult, figures, first_token_times, token_gaps
-from kvswitch_demo.table import title
 
 __all__ = ["distributions", "time_shares", "volumes"]
 
@@ -27,10 +27,9 @@ def volumes(runs: Sequence[RunResult]) -> str:
         rows = [figures(run) for run in runs]
         _bars(speed, runs, [row["throughput_tokens_per_s"] for row in rows], "{:,.1f}")
         speed.set(title="Throughput", xlabel="new output tokens per second")
-        _bars(moved, runs, [row["bytes_out"] / 1e6 for row in rows], "{:,.0f} out", 0.2, 0.36)
-        _bars(
-            moved, runs, [row["bytes_in"] / 1e6 for row in rows], "{:,.0f} in", -0.2, 0.36, alpha=0.55
-        )
+        out, back = ([row[way] / 1e6 for row in rows] for way in ("bytes_out", "bytes_in"))
+        _bars(moved, runs, out, "{:,.0f} out", offset=0.2, height=0.36)
+        _bars(moved, runs, back, "{:,.0f} in", offset=-0.2, height=0.36, alpha=0.55)
         moved.set(title="Bytes moved each way", xlabel="MB")
         return to_svg(figure, "volumes", "Throughput and bytes moved by each mode")
 
@@ -72,6 +71,7 @@ def _bars(
     runs: Sequence[RunResult],
     values: Sequence[float],
     label: str,
+    *,
     offset: float = 0.0,
     height: float = 0.7,
     alpha: float = 1.0,
@@ -82,8 +82,7 @@ def _bars(
     bars = axes.barh(at, values, height, color=[colour(run.mode) for run in runs], alpha=alpha)
     axes.bar_label(bars, [label.format(value) for value in values], padding=4)
     axes.set_yticks([-i for i in range(len(runs))], [title(run.mode) for run in runs])
-    axes.margins(x=0.18)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(axes.get_xlim()[1], 1.2 * max(values, default=0), 1e-9))
 
 
 def _distribution(
@@ -107,14 +106,10 @@ def _distribution(
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks([-np.log10(1 - share) for share in shares], [f"{s:.4g}" for s in shares])
-    axes.set_yticks([-np.log10(1 - s) for s in (0, *shares)], [_percent(s) for s in (0, *shares)])
+    ticks = (0.0, *shares)
+    axes.set_yticks([-np.log10(1 - share) for share in ticks], [f"{100 * s:g} %" for s in ticks])
     axes.set_ylim(bottom=0)
     axes.grid()
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g} %"
 
 
 def _parts(
@@ -134,8 +129,9 @@ def _parts(
         left += values
     for y, row, whole in zip(at, rows, left, strict=True):
         stall = 1e3 * row["stall"] / max(1, row[unit])
+        waiting = f", {stall:,.2f} of it waiting" if stall else ""
         axes.annotate(
-            f"{whole:,.1f}, {stall:,.2f} of it waiting", (whole, y), (5, 0),
+            f"{whole:,.1f}{waiting}", (whole, y), (5, 0),
             textcoords="offset points", va="center", fontsize=8,
         )  # fmt: skip
     axes.set_yticks(at, [title(run.mode) for run in runs])

@@ -1,0 +1,111 @@
+"""The worker's half of a step: carry out orders, report what has ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+
+from kvswitch.errors import TransferError
+from kvswitch.messages import Measurement, Observations, SwapOrders, Transfer
+from kvswitch.transfer import Backend, Ticket, TransferEngine
+
+__all__ = ["SwapWorker"]
+
+_log = logging.getLogger("kvswitch")
+
+
+class SwapWorker:
+    """Drives a worker's transfer engine by the planner's orders.
+
+    Every transfer that it is given is reported once, whatever becomes of it: one that the engine
+    refuses (it is closed, or one of its threads has died) as failed.
+
+    Parameters
+    ----------
+    engine : TransferEngine
+    backend : Backend
+        The engine's: makes the fences.
+    on_started, on_ended : callable, optional
+        Called with each transfer that the engine has taken, and each ticket that is reported.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        backend: Backend,
+        *,
+        on_started: Callable[[Transfer], object] | None = None,
+        on_ended: Callable[[Ticket], object] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._backend = backend
+        self._on_started = on_started
+        self._on_ended = on_ended
+        self._refused: list[int] = []
+        self._wait: set[int] = set()
+
+    def submit(
+        self, orders: SwapOrders, stream: object | None = None, *, also: int | None = None
+    ) -> None:
+        """Begin what `orders` say; `wait` is to follow before the forward.
+
+        Parameters
+        ----------
+        stream : optional
+            The engine's compute stream (CUDA): transfers wait for what it has been given so far.
+        also : int, optional
+            A transfer to `wait` for beside those in the orders.
+        """
+        self._wait.update(orders.wait)
+        if also is not None:
+            self._wait.add(also)
+        if orders.transfers:
+            fence = self._backend.fence(stream)
+            for transfer in orders.transfers:
+                try:
+                    self._engine.submit(transfer, fence=fence)
+                except TransferError as error:
+                    self._refused.append(transfer.id)
+                    _log.warning("cannot swap, so something is recomputed: %s", error)
+                else:
+                    if self._on_started is not None:
+                        self._on_started(transfer)
+        for transfer_id in orders.cancel:
+            self._engine.cancel(transfer_id)
+
+    def wait(self) -> float:
+        """Block until the forward may run; for how many seconds that took (0: nothing to wait for).
+
+        What was to be waited for stays so if this is interrupted.
+        """
+        if not self._wait:
+            return 0.0
+        started = perf_counter()
+        self._engine.wait(self._wait)
+        self._wait.clear()
+        return perf_counter() - started
+
+    def report(self, *, step_seconds: float | None = None, batch: int = 0) -> Observations:
+        """What has ended since the last report; parameters as in `Observations`."""
+        ended = self._engine.poll()
+        if not ended and not self._refused:
+            return Observations(step_seconds=step_seconds, batch=batch)
+        completed: list[int] = []
+        measurements: list[Measurement] = []
+        failed, self._refused = self._refused, []
+        for ticket in ended:
+            if ticket.error is None:
+                completed.append(ticket.id)
+                measurements.append(Measurement(ticket.direction, ticket.nbytes, ticket.seconds))
+            else:
+                failed.append(ticket.id)
+            if self._on_ended is not None:
+                self._on_ended(ticket)
+        return Observations(
+            tuple(completed), tuple(failed), tuple(measurements), step_seconds, batch
+        )
+
+    def close(self) -> None:
+        """End all transfers; `report` still says how they ended."""
+        self._engine.close()

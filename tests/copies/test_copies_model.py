@@ -1,0 +1,526 @@
+"""HostCopies against a shadow model that holds what was written into every host block.
+
+The model knows nothing of how validity is kept. It writes down, block by block, the tokens whose
+KV a swap-out brought there (or garbage, for blocks given out and not committed), and holds that
+against what `HostCopies` claims to be valid. Whose blocks are taken when memory is short it works
+out block by block, from the rule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice, takewhile
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvswitch.blocks import BlockGroupPool
+from kvswitch.copies import Fill, HostCopies, Lease
+from kvswitch.copies.keys import ContentKeys
+from kvswitch.copies.owners import Owner, Owners
+from kvswitch.errors import HostMemoryExhausted, InvalidTransition
+from kvswitch.messages import BlockIds
+
+NUM_BLOCKS = 20
+BLOCK_TOKENS = 4
+NAMES = st.sampled_from("abcde")
+SHARES = st.integers(0, 12).map(lambda twelfths: 1 - twelfths / 12)
+PRIORITIES = st.integers(0, 3)
+LENGTHS = st.integers(1, 8 * BLOCK_TOKENS)
+BOOLEANS = st.booleans()
+Key: TypeAlias = tuple[int, ...]
+Content: TypeAlias = dict[int, tuple[object, ...]]
+GARBAGE: tuple[object, ...] = ("garbage",) * BLOCK_TOKENS
+
+
+def blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
+
+
+@dataclass
+class Shadow:
+    """An owner as the engine sees it: its tokens, and what was last said about it."""
+
+    tokens: list[int]
+    priority: float = 0.0
+    resident: bool = False
+    used: int = 0
+
+    def rank(self) -> tuple[float, bool, int]:
+        return self.priority, not self.resident, self.used
+
+
+@dataclass(eq=False)
+class Pending:
+    """A fill, and the tokens whose KV it brings, block by block."""
+
+    name: str
+    fill: Fill
+    brings: list[tuple[object, ...]]
+
+
+@dataclass(eq=False)
+class Reading:
+    """A lease, and what its blocks held when it was taken (None: a fill is to write them first)."""
+
+    lease: Lease
+    blocks: list[int]
+    holds: list[tuple[object, ...] | None]
+
+
+owned = precondition(lambda machine: machine.owners)
+
+
+class CopiesMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: list[tuple[Hashable, int]] = []
+        self.copies = HostCopies(
+            NUM_BLOCKS,
+            BLOCK_TOKENS,
+            first_group=3,
+            on_lost=lambda owner, left: self.lost.append((owner, left)),
+        )
+        self.owners: dict[str, Shadow] = {}
+        self.content: Content = {}
+        self.pending: list[Pending] = []
+        self.reading: list[Reading] = []
+        self.keys: dict[Key, int] = {}  # published: key -> block
+        self.fresh = count()
+        self.clock = count(1)
+        self.weights = 0
+        self.contaminated = 0
+
+    # -- the model ---------------------------------------------------------------------------
+
+    def table(self, name: str) -> list[int]:
+        return self.copies.table(name).tolist() if name in self.owners else []
+
+    def leased(self) -> Counter[int]:
+        held: Counter[int] = Counter()
+        for pending in self.pending:
+            held.update(pending.fill.blocks.tolist())
+        for reading in self.reading:
+            held.update(reading.blocks)
+        return held
+
+    def used_blocks(self) -> set[int]:
+        used = set(self.leased())
+        for name in self.owners:
+            used.update(self.table(name))
+        return used
+
+    def content_of(self, tokens: list[int], index: int) -> tuple[object, ...]:
+        """What the KV of a sequence's block looks like, with the present weights."""
+        part = tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+        return tuple((self.weights, index, token) for token in part)
+
+    def keys_of(self, name: str) -> list[Key]:
+        """True content keys: all tokens up to a block's end. The tenant's salt would go here."""
+        tokens = self.owners[name].tokens
+        ends = range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS)
+        return [tuple(tokens[:end]) for end in ends]
+
+    def good_tokens(self, name: str, content: Content) -> int:
+        """How many leading tokens of `name` its host blocks really hold."""
+        tokens = self.owners[name].tokens
+        good = 0
+        for index, block in enumerate(self.table(name)):
+            wanted = self.content_of(tokens, index)
+            found = content.get(block, GARBAGE)
+            same = sum(1 for _ in takewhile(bool, map(lambda a, b: a == b, wanted, found)))
+            good += same
+            if same < BLOCK_TOKENS:
+                break
+        return good
+
+    def any_owner(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.owners)))
+
+    def losers(self, taker: str, short: int) -> tuple[dict[str, int], int]:
+        """Blocks left to each owner after `short` have been taken for `taker`, and how many were.
+
+        One block at a time: of all blocks that may go (not leased, last of all their owners, and
+        every owner may lose), that whose highest owner is lowest.
+        """
+        leased = self.leased()
+        tables = {name: self.table(name) for name in self.owners}
+        mine = self.owners[taker].priority
+
+        def may_lose(name: str) -> bool:
+            other = self.owners[name]
+            redundant = other.resident and other.priority == mine
+            return name != taker and (other.priority < mine or redundant)
+
+        taken = 0
+        while taken < short:
+            best: tuple[tuple[float, bool, int], list[str]] | None = None
+            for table in tables.values():
+                if not table or leased[table[-1]]:
+                    continue
+                shared_by = [other for other, t in tables.items() if table[-1] in t]
+                last_of_all = all(tables[other][-1] == table[-1] for other in shared_by)
+                if last_of_all and all(map(may_lose, shared_by)):
+                    rank = max(self.owners[other].rank() for other in shared_by)
+                    if best is None or rank < best[0]:
+                        best = rank, shared_by
+            if best is None:
+                break
+            for name in best[1]:
+                tables[name] = tables[name][:-1]
+            taken += 1
+        return {name: len(table) for name, table in tables.items()}, taken
+
+    # -- swap-outs ---------------------------------------------------------------------------
+
+    @rule(name=NAMES, parts=st.lists(LENGTHS, min_size=1, max_size=3), priority=PRIORITIES)
+    def begin(self, name: str, parts: list[int], priority: int) -> None:
+        """Swap-outs that complete the copy, of a sequence that may be growing meanwhile."""
+        for more in parts:
+            self._begin(name, more, priority)
+
+    @rule(name=NAMES, more=LENGTHS, priority=PRIORITIES, resident=BOOLEANS)
+    def copy(self, name: str, more: int, priority: int, resident: bool) -> None:
+        """One that arrives at once, and is published."""
+        if pending := self._begin(name, more, priority):
+            self._end(pending, True)
+            self._publish(name)
+            self._set_resident(name, resident)
+
+    @rule(blocks=st.integers(1, NUM_BLOCKS))
+    def squeeze(self, blocks: int) -> None:
+        """Somebody more important than all comes, and goes again."""
+        if pending := self._begin("urgent", blocks * BLOCK_TOKENS, 9):
+            self._end(pending, True)
+        self._drop("urgent")
+
+    def _begin(self, name: str, more: int, priority: int) -> Pending | None:
+        self._set_priority(name, priority)
+        shadow = self.owners[name]
+        covered = self.copies.covered(name)
+        goal = covered + more
+        tokens = shadow.tokens + [next(self.fresh) for _ in range(goal - len(shadow.tokens))]
+        before = {other: self.table(other) for other in self.owners}
+        valid = {other: self.copies.valid(other) for other in self.owners}
+        leased, used = self.leased(), self.used_blocks()
+        shared = Counter(block for table in before.values() for block in table)
+        first, last = covered // BLOCK_TOKENS, blocks_for(goal)
+        keep = len(before[name])
+        if keep > first and (leased[before[name][first]] or shared[before[name][first]] > 1):
+            keep = first  # never overwritten
+        free = NUM_BLOCKS - len(used)
+        left, taken = self.losers(name, last - keep - free)
+        granted = min(last, keep + free + taken)
+        self.lost.clear()
+        if granted == first:
+            with pytest.raises(HostMemoryExhausted, match="Recompute it"):
+                self.copies.begin(name, goal)
+            assert {other: self.table(other) for other in self.owners} == before
+            assert {other: self.copies.valid(other) for other in self.owners} == valid
+            assert not self.lost
+            return None
+        fill = self.copies.begin(name, goal)
+        shadow.tokens, shadow.used = tokens, next(self.clock)
+        # Who lost what is what the rule says, and was told.
+        losers = {other for other in left if other != name and left[other] < len(before[other])}
+        assert {other: len(self.table(other)) for other in left if other != name} == {
+            other: blocks for other, blocks in left.items() if other != name
+        }
+        for other in losers:
+            assert self.copies.valid(other) == min(valid[other], left[other] * BLOCK_TOKENS)
+        assert sorted(self.lost) == sorted((other, self.copies.valid(other)) for other in losers)
+        self.contaminated += taken
+        # What was given out is nobody else's, and its old content cannot be found any more.
+        blocks = fill.blocks.tolist()
+        assert (fill.first, len(blocks)) == (first, granted - first)
+        assert self.table(name) == before[name][:first] + blocks
+        assert fill.tokens == min(goal, granted * BLOCK_TOKENS)
+        assert not leased.keys() & set(blocks), "leased blocks were handed out"
+        for other in self.owners:
+            assert other == name or not set(self.table(other)) & set(blocks), "shared, and written"
+        self.keys = {key: block for key, block in self.keys.items() if block not in blocks}
+        brings = [self.content_of(tokens[:goal], i) for i in range(first, granted)]
+        self.content.update(dict.fromkeys(blocks, GARBAGE))
+        self.pending.append(Pending(name, fill, brings))
+        return self.pending[-1]
+
+    @precondition(lambda self: self.pending)
+    @rule(data=st.data(), ok=BOOLEANS)
+    def end(self, data: st.DataObject, ok: bool) -> None:
+        """Transfers end in any order: one that was not dispatched can be cancelled at once."""
+        self._end(data.draw(st.sampled_from(self.pending)), ok)
+
+    @precondition(lambda self: self.pending)
+    @rule(data=st.data())
+    def all_arrive(self, data: st.DataObject) -> None:
+        """Once every pending fill is committed, what was covered is valid."""
+        name = data.draw(st.sampled_from(self.pending)).name
+        covered = self.copies.covered(name)
+        for pending in [p for p in self.pending if p.name == name]:
+            self._end(pending, True)
+        assert self.copies.valid(name) == covered
+
+    def _end(self, pending: Pending, ok: bool) -> None:
+        self.pending.remove(pending)
+        for block, content in zip(pending.fill.blocks.tolist(), pending.brings, strict=True):
+            self.content[block] = content if ok else GARBAGE
+        (self.copies.commit if ok else self.copies.abort)(pending.fill)
+        with pytest.raises(InvalidTransition):
+            self.copies.commit(pending.fill)
+        assert pending.fill.committed == ok
+
+    # -- what is valid -----------------------------------------------------------------------
+
+    @owned
+    @rule(data=st.data(), share=SHARES)
+    def truncate(self, data: st.DataObject, share: float) -> None:
+        name = self.any_owner(data)
+        tokens = self.owners[name].tokens
+        kept = int(share * len(tokens))
+        self.copies.truncate(name, kept)
+        del tokens[kept:]
+
+    @owned
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        self._drop(self.any_owner(data))
+
+    def _drop(self, name: str) -> None:
+        self.copies.drop(name)
+        del self.owners[name]
+        for pending in self.pending:
+            if pending.name == name:
+                pending.name = "gone"
+
+    @owned
+    @rule(data=st.data(), sure=st.integers(0, 3))
+    def invalidate_all(self, data: st.DataObject, sure: int) -> None:
+        if sure == 0:
+            self.copies.invalidate_all()
+            self.weights += 1
+            self.keys.clear()
+
+    # -- content keys ------------------------------------------------------------------------
+
+    @owned
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        self._publish(self.any_owner(data))
+
+    def _publish(self, name: str) -> None:
+        complete = self.copies.valid(name) // BLOCK_TOKENS
+        for index, key in enumerate(self.keys_of(name)[:complete]):
+            block = self.table(name)[index]
+            assert self.copies.publish(name, index, key) == (self.keys.get(key, block) == block)
+            self.keys.setdefault(key, block)
+        with pytest.raises(InvalidTransition):
+            self.copies.publish(name, complete, "key")
+
+    @precondition(lambda self: self.keys)
+    @rule(name=NAMES, data=st.data(), more=LENGTHS, priority=PRIORITIES)
+    def fork(self, name: str, data: st.DataObject, more: int, priority: int) -> None:
+        """A new owner (a next turn, perhaps) whose tokens begin like published ones."""
+        known = data.draw(st.sampled_from(sorted(self.keys)))
+        if name in self.owners:
+            self._drop(name)
+        self._set_priority(name, priority)
+        self.owners[name].tokens = [*known, *islice(self.fresh, more)]
+        self._adopt(name)
+
+    @owned
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        self._adopt(self.any_owner(data))
+
+    def _adopt(self, name: str) -> None:
+        keys = self.keys_of(name)
+        assert self.copies.match(keys) == sum(1 for _ in takewhile(self.keys.__contains__, keys))
+        before = self.copies.valid(name)
+        have = before // BLOCK_TOKENS
+        found = list(takewhile(self.keys.__contains__, keys[have:]))
+        if not found or any(pending.name == name for pending in self.pending):
+            assert self.copies.adopt(name, keys) == before
+            return
+        kept = self.table(name)[:have]
+        assert self.copies.adopt(name, keys) == (have + len(found)) * BLOCK_TOKENS
+        assert self.table(name) == kept + [self.keys[key] for key in found]
+        self.owners[name].used = next(self.clock)
+
+    # -- swap-ins ----------------------------------------------------------------------------
+
+    @owned
+    @rule(data=st.data(), share=SHARES)
+    def pin(self, data: st.DataObject, share: float) -> None:
+        name = self.any_owner(data)
+        tokens = int(share * self.copies.covered(name))
+        lease = self.copies.pin(name, tokens)
+        self.owners[name].used = next(self.clock)
+        blocks = lease.blocks.tolist()
+        assert blocks == self.table(name)[: blocks_for(tokens)]
+        to_come = {block for pending in self.pending for block in pending.fill.blocks.tolist()}
+        holds = [None if block in to_come else self.content[block] for block in blocks]
+        self.reading.append(Reading(lease, blocks, holds))
+
+    @precondition(lambda self: self.reading)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        reading = data.draw(st.sampled_from(self.reading))
+        self.reading.remove(reading)
+        for block, held in zip(reading.blocks, reading.holds, strict=True):
+            assert held is None or self.content[block] == held, "written while it was read"
+        self.copies.release(reading.lease)
+        with pytest.raises(InvalidTransition):
+            self.copies.release(reading.lease)
+
+    # -- priorities --------------------------------------------------------------------------
+
+    @rule(name=NAMES, priority=PRIORITIES)
+    def set_priority(self, name: str, priority: int) -> None:
+        self._set_priority(name, priority)
+
+    def _set_priority(self, name: str, priority: int) -> None:
+        self.copies.set_priority(name, priority)
+        if name not in self.owners:
+            self.owners[name] = Shadow([], used=next(self.clock))
+        self.owners[name].priority = priority
+
+    @owned
+    @rule(data=st.data(), resident=BOOLEANS)
+    def set_resident(self, data: st.DataObject, resident: bool) -> None:
+        self._set_resident(self.any_owner(data), resident)
+
+    def _set_resident(self, name: str, resident: bool) -> None:
+        self.copies.set_resident(name, resident)
+        self.owners[name].resident = resident
+        self.owners[name].used = next(self.clock)
+
+    # -- what must hold ----------------------------------------------------------------------
+
+    @invariant()
+    def what_is_valid_has_the_right_content(self) -> None:
+        to_come = self.content.copy()
+        for pending in self.pending:
+            to_come.update(zip(pending.fill.blocks.tolist(), pending.brings, strict=True))
+        filling = {pending.name for pending in self.pending}
+        for name in self.owners:
+            valid, good = self.copies.valid(name), self.good_tokens(name, self.content)
+            assert valid <= good, f"{name}: {valid} tokens said to be valid, {good} are"
+            if name not in filling:
+                assert valid == good, f"{name}: {good} tokens are there, {valid} known of"
+            assert self.copies.covered(name) == self.good_tokens(name, to_come)
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.copies.check_integrity()
+        assert self.copies.num_leases() == len(self.pending) + len(self.reading)
+        assert self.copies.pool.free_blocks == NUM_BLOCKS - len(self.used_blocks())
+        assert self.copies.contaminated_blocks == self.contaminated
+        assert len(self.copies) == len(self.owners)
+        for name in "abcde":
+            assert (name in self.copies) == (name in self.owners)
+
+    def teardown(self) -> None:
+        for name in list(self.owners):
+            self.copies.drop(name)
+        for pending in self.pending:
+            self.copies.abort(pending.fill)
+        for reading in self.reading:
+            self.copies.release(reading.lease)
+        assert self.copies.num_leases() == 0
+        assert self.copies.pool.free_blocks == NUM_BLOCKS, "a reference has leaked"
+        self.copies.check_integrity()
+
+
+TestCopiesMachine = CopiesMachine.TestCase
+TestCopiesMachine.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+
+
+# -- negative controls: the model notices when a rule is broken --------------------------------
+
+
+def overwrite_what_is_leased(pool: BlockGroupPool, ids: BlockIds) -> BlockIds:
+    return np.ones(len(ids), np.int32)
+
+
+def count_what_is_built_on_nothing(owner: Owner, block_tokens: int) -> None:
+    for fill in owner.fills:
+        if fill.committed:
+            owner.valid = max(owner.valid, fill.tokens)
+    owner.fills = [fill for fill in owner.fills if not fill.committed]
+
+
+def promise_what_is_built_on_nothing(owner: Owner, block_tokens: int) -> int:
+    return max([owner.valid, *(fill.tokens for fill in owner.fills)])
+
+
+def take_from_everybody(owners: Owners, taker: Owner) -> Mask:
+    may = owners.last_block >= 0
+    may[taker.row] = False
+    return may
+
+
+def take_from_the_highest(owners: Owners, may: Mask) -> Iterator[Owner]:
+    return reversed([*IN_ORDER(owners, may)])
+
+
+def take_from_who_may_not_lose(owners: Owners, entry: Owner, may: Mask) -> list[Owner]:
+    block = owners.last_block[entry.row]
+    return [owner for owner in owners if owners.last_block[owner.row] == block >= 0]
+
+
+def keep_keys(keys: ContentKeys, blocks: BlockIds) -> None:
+    """Content that is being overwritten can still be found."""
+
+
+def keep_validity(owner: Owner, tokens: int) -> None:
+    """What is truncated, overwritten or taken stays valid."""
+
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+IN_ORDER = Owners.in_order
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "broken"),
+    [
+        (BlockGroupPool, "references", overwrite_what_is_leased),
+        (Owner, "settle", count_what_is_built_on_nothing),
+        (Owner, "covered", promise_what_is_built_on_nothing),
+        (Owner, "limit", keep_validity),
+        (Owners, "may_lose", take_from_everybody),
+        (Owners, "in_order", take_from_the_highest),
+        (Owners, "sharers", take_from_who_may_not_lose),
+        (ContentKeys, "forget", keep_keys),
+    ],
+)
+def test_the_model_notices(
+    kind: type, name: str, broken: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kind, name, broken)
+    monkeypatch.setattr(HostCopies, "check_integrity", lambda self: None)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            CopiesMachine,
+            settings=settings(
+                max_examples=300,
+                stateful_step_count=50,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                report_multiple_bugs=False,
+            ),
+        )
