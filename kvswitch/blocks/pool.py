@@ -1,15 +1,13 @@
 """The pool of block groups (section 3.1): runs of contiguous blocks instead of single ones.
 
-A pool of 24 blocks with two sequences, after the first has taken a second group::
+Two sequences, A and B, after A has taken a second group::
 
-    A A A A B B B . A A . . . . . . . . . . . . . .
-    [group ][group ][ active   ][     free        ]
-                  |     |
-                  |     unused tail of A's active group
-                  unused tail of B's active group
+    block  0   1   2   3   4   5   6   7   8   9   10  11  12  13  14  ...
+           A   A   A   A   B   B   B   b   A   A   a   a   a   -   -   -
+           [ group of A ]  [ active, B  ]  [    active, A   ]  [ free group
 
-Unused tails are reserved for their sequences' growth, and yet free: when nothing else is left they
-are taken back.
+An active group's unused tail (b, a) is where its sequence grows into. Nobody references it, so it
+counts as free, and it is taken back when free groups do not suffice.
 """
 
 from __future__ import annotations
@@ -62,14 +60,21 @@ class Groups:
 class BlockGroupPool:
     """Blocks of one memory, given to sequences in groups that are as contiguous as can be.
 
+    A sequence grows in the tail of its active group, then in place into a free group right behind,
+    then into the smallest free group that suffices: at first those without cached content, then
+    blocks with it, oldest first. Last come the largest of free groups and of others' tails.
+    An operation takes O(log n) time for n blocks in the pool, and O(1) for each run it touches.
+
     Parameters
     ----------
     num_blocks : int
         Blocks in the pool, at least 1.
     first_group : int, default 60
-        How many blocks a sequence is expected to grow by while nothing has been learned yet.
+        Blocks in the tail of a new active group while nothing has been learned yet; later as many
+        as sequences came to grow by, on average.
     headroom : float, default 0.0
         Share of the pool, in [0, 1), that `available` leaves out so that free groups stay large.
+        When room is made by giving up cached content, as much is kept free of it.
 
     Raises
     ------

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from kvswitch.errors import OutOfBlocks
 from kvswitch.messages import BlockIds
 from kvswitch_demo.workload import load_lengths
 
-Benchmark = Callable[..., Any]
+Benchmark: TypeAlias = Any  # pytest-benchmark's fixture has no types
 ROUNDS = 500
 
 
@@ -45,7 +45,7 @@ def fragmented(request: pytest.FixtureRequest) -> Fragmented:
     runs = np.split(pool.detach("all"), bounds[bounds < blocks])
     pool.release(np.concatenate(runs[::2]))
     held = runs[1:-1:2]
-    rng.shuffle(held)  # type: ignore[arg-type]
+    rng.shuffle(held)
     return Fragmented(pool, held)
 
 
@@ -69,7 +69,7 @@ def test_bench_allocate(
     benchmark: Benchmark, fragmented: Fragmented, fresh: Callable[[], Any]
 ) -> None:
     pool = fragmented.pool
-    benchmark.pedantic(lambda name: pool.allocate(name, 4), setup=fresh, rounds=ROUNDS)  # type: ignore[attr-defined]
+    benchmark.pedantic(lambda name: pool.allocate(name, 4), setup=fresh, rounds=ROUNDS)
 
 
 @pytest.mark.benchmark(group="blocks: free a sequence")
@@ -77,11 +77,11 @@ def test_bench_free(benchmark: Benchmark, fragmented: Fragmented, fresh: Callabl
     pool = fragmented.pool
 
     def setup() -> Any:
-        args = fresh()
-        pool.allocate(*args[0], 4)
+        (name,), _ = args = fresh()
+        pool.allocate(name, 4)
         return args
 
-    benchmark.pedantic(pool.free, setup=setup, rounds=ROUNDS)  # type: ignore[attr-defined]
+    benchmark.pedantic(pool.free, setup=setup, rounds=ROUNDS)
 
 
 @pytest.mark.benchmark(group="blocks: grow into a new group")
@@ -92,11 +92,11 @@ def test_bench_grow_elsewhere(
 
     def setup() -> Any:
         # The block behind the first of a held run is in use: growth cannot go on in place.
-        args = fresh()
-        pool.attach(*args[0], next(run for run in held if len(run) > 1)[:1])
+        (name,), _ = args = fresh()
+        pool.attach(name, next(run for run in held if len(run) > 1)[:1])
         return args
 
-    benchmark.pedantic(lambda name: pool.allocate(name, 2), setup=setup, rounds=300)  # type: ignore[attr-defined]
+    benchmark.pedantic(lambda name: pool.allocate(name, 2), setup=setup, rounds=300)
 
 
 @pytest.mark.benchmark(group="blocks: release a run between two free groups")
@@ -114,7 +114,7 @@ def test_bench_release(benchmark: Benchmark, fragmented: Fragmented) -> None:
             take_back(held[turn - 1])
         return (held[turn],), {}
 
-    benchmark.pedantic(pool.release, setup=setup, rounds=ROUNDS)  # type: ignore[attr-defined]
+    benchmark.pedantic(pool.release, setup=setup, rounds=ROUNDS)
     take_back(held[next(turns) - 1])
     pool.check_integrity()
 
@@ -140,7 +140,7 @@ def test_bench_prefix_hit(benchmark: Benchmark, fragmented: Fragmented) -> None:
     def setup() -> None:
         pool.free("a", cached=True)
 
-    benchmark.pedantic(pool.attach, args=("a", blocks), setup=setup, rounds=ROUNDS)  # type: ignore[attr-defined]
+    benchmark.pedantic(pool.attach, args=("a", blocks), setup=setup, rounds=ROUNDS)
     pool.free("a")
     pool.check_integrity()
 
@@ -151,7 +151,7 @@ def test_bench_grow(benchmark: Benchmark) -> None:
     pool.allocate("other", 1)
     pool.allocate("a", 1, expected=500_000)
     sizes = count(2)
-    benchmark.pedantic(lambda: pool.allocate("a", next(sizes)), rounds=20, iterations=5000)  # type: ignore[attr-defined]
+    benchmark.pedantic(lambda: pool.allocate("a", next(sizes)), rounds=20, iterations=5000)
 
 
 @pytest.mark.benchmark(group="blocks: allocate with nothing to do")
@@ -327,9 +327,9 @@ def test_bench_contiguity(
     benchmark: Benchmark, kind: Callable[..., Pool], redraw: float, least: float
 ) -> None:
     churn = Churn(kind(3000, headroom=0.06), redraw=redraw, seed=0)
-    benchmark.pedantic(churn.serve, args=(1500,))  # type: ignore[attr-defined]
+    benchmark.pedantic(churn.serve, args=(1500,))
     swap_in, swap_out = blocks_per_run(churn.swapped_in), blocks_per_run(churn.swapped_out)
-    benchmark.extra_info |= {"swap-in": swap_in, "swap-out": swap_out}  # type: ignore[attr-defined]
+    benchmark.extra_info |= {"swap-in": swap_in, "swap-out": swap_out}
     print(
         f"\n{kind.__name__}, {redraw:.0%} of priorities drawn anew: {swap_in:.1f} blocks a run of "
         f"whole tables at swap-in, {swap_out:.1f} at swap-out; {len(churn.swapped_in)} swap-ins of "

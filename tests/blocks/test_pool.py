@@ -1,4 +1,8 @@
-"""What BlockGroupPool promises, one property at a time. `test_pool_model.py` tries all orders."""
+"""What a sequence gets of a BlockGroupPool, one property at a time.
+
+Blocks in several hands and cached content are in `test_shared_and_cached.py`;
+`test_pool_model.py` tries everything in any order.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,10 @@ from kvswitch.blocks import BlockGroupPool, Groups
 from kvswitch.errors import (
     ConfigError,
     IntegrityError,
-    InvalidTransition,
     OutOfBlocks,
     UnknownSequence,
 )
 from kvswitch.messages import BlockIds
-
-
-def ids(*blocks: int) -> BlockIds:
-    return np.array(blocks, np.int32)
 
 
 def span(start: int, stop: int) -> BlockIds:
@@ -236,20 +235,19 @@ def test_unused_tails_are_taken_back_last_and_from_their_far_end() -> None:
     pool.check_integrity()
 
 
-def test_tails_are_found_again_after_many_sequences_have_come_and_gone() -> None:
-    pool = BlockGroupPool(10_000)
+def test_the_largest_tail_is_found_after_many_sequences_have_come_and_gone() -> None:
+    pool = BlockGroupPool(100_000)
     for i in range(1000):
-        pool.allocate(i, 5, expected=5 + i % 20)
-        if i >= 20:
-            pool.free(i - 20)
-        assert len(pool._active._heap) < 200, "bookkeeping of ended groups goes"
-        pool.check_integrity()
-    assert pool.groups().tails == sum(range(20))
+        pool.allocate(i, 5, expected=5 + i * 67 % 150)
+        if i >= 150:
+            pool.free(i - 150)
+        assert len(pool._active._heap) <= 2 * 150 + 64, "ended groups are forgotten"
+    assert pool.groups().tails == sum(range(150))
     while blocks := pool.groups().largest:
         pool.allocate(object(), blocks, expected=blocks)
-    for tail in reversed(range(12, 20)):
+    for tail in reversed(range(76, 150)):
         pool.allocate(f"takes {tail}", tail, expected=tail)
-        assert (np.diff(pool.table(f"takes {tail}")) == 1).all(), "the largest tail, whole"
+        assert (np.diff(pool.table(f"takes {tail}")) == 1).all(), "in one piece"
     pool.check_integrity()
 
 
@@ -311,202 +309,6 @@ def test_tails_shrink_as_memory_gets_tight() -> None:
     for i in range(5):
         pool.allocate(i, 1, expected=1)
     assert tail_of_a_new_sequence(pool) == 85 * 2 // 3 // 7, "shared with six others"
-
-
-# --- shared blocks and leases ---
-
-
-def test_attached_blocks_are_shared_until_the_last_owner_ends() -> None:
-    pool = BlockGroupPool(100)
-    pool.allocate("a", 10)
-    pool.attach("b", pool.table("a")[:6])
-    assert pool.references(span(0, 10)).tolist() == [2] * 6 + [1] * 4
-    assert pool.free_blocks == 90
-    pool.free("a")
-    assert pool.table("b").tolist() == list(range(6))
-    assert pool.free_blocks == 94
-    pool.free("b")
-    assert pool.free_blocks == 100
-    pool.check_integrity()
-
-
-def test_growth_after_a_shared_prefix_takes_blocks_of_its_own() -> None:
-    pool = BlockGroupPool(100)
-    pool.allocate("a", 10)
-    pool.attach("b", pool.table("a")[:6])
-    pool.allocate("b", 12)
-    assert not set(pool.table("b")[6:]) & set(pool.table("a"))
-    pool.truncate("b", 3)
-    pool.allocate("b", 12)
-    assert not set(pool.table("b")[3:]) & set(pool.table("a"))
-    assert pool.table("a").tolist() == list(range(10)), "a has not noticed"
-    pool.check_integrity()
-
-
-def test_detached_blocks_stay_in_use_until_released() -> None:
-    pool = BlockGroupPool(100)
-    pool.allocate("a", 10)
-    blocks = pool.detach("a")
-    assert "a" not in pool
-    assert pool.groups().tails == 0
-    assert pool.free_blocks == 90
-    pool.attach("a", blocks)  # taken back while a copy still reads them
-    pool.release(blocks)
-    assert pool.references(blocks).tolist() == [1] * 10
-    pool.free("a")
-    assert pool.free_blocks == 100
-    pool.check_integrity()
-
-
-def test_a_lease_keeps_blocks_of_a_freed_sequence() -> None:
-    pool = BlockGroupPool(20)
-    pool.allocate("a", 10)
-    pool.hold(span(2, 5))
-    pool.free("a")
-    with pytest.raises(OutOfBlocks):
-        pool.allocate("b", 18)
-    pool.release(span(2, 5))
-    pool.allocate("b", 18)
-    pool.check_integrity()
-
-
-@pytest.mark.parametrize(
-    ("blocks", "error", "message"),
-    [
-        (ids(3, 20), InvalidTransition, "not in use"),
-        (ids(3, 100), ConfigError, "pool of 100"),
-        (ids(-1, 3), ConfigError, "pool of 100"),
-        (ids(4, 3, 4), ConfigError, "block 4 is named twice"),
-        (np.zeros((1, 1), np.int32), ConfigError, "one dimension"),
-    ],
-)
-def test_wrong_ids_change_nothing(blocks: BlockIds, error: type[Exception], message: str) -> None:
-    pool = BlockGroupPool(100)
-    pool.allocate("a", 10)
-    uses: list[Callable[[BlockIds], object]] = [pool.hold, pool.release]
-    if error is ConfigError:
-        uses += [pool.references, pool.forget_cached, lambda ids: pool.attach("b", ids)]
-    for use in uses:
-        with pytest.raises(error, match=message):
-            use(blocks)
-    assert pool.references(span(0, 10)).tolist() == [1] * 10
-    assert pool.free_blocks == 90
-    assert len(pool) == 1
-    pool.check_integrity()
-
-
-def test_what_is_reserved_for_growth_cannot_be_attached() -> None:
-    pool = BlockGroupPool(100)
-    pool.allocate("a", 10)
-    assert pool.groups().tails
-    with pytest.raises(InvalidTransition, match="reserved"):
-        pool.attach("b", ids(9, 10))
-    assert "b" not in pool
-    assert pool.references(ids(9, 10)).tolist() == [1, 0]
-    pool.check_integrity()
-
-
-def test_a_table_cannot_name_a_block_twice() -> None:
-    pool = BlockGroupPool(100)
-    pool.allocate("a", 10)
-    with pytest.raises(InvalidTransition, match="block 9 is already in the table of 'a'"):
-        pool.attach("a", ids(9))
-    pool.check_integrity()
-
-
-def test_free_blocks_can_be_attached_from_the_middle_of_a_large_group() -> None:
-    pool = BlockGroupPool(10_000)
-    pool.attach("a", ids(9_000, 9_001, 4_000))
-    assert pool.table("a").tolist() == [9_000, 9_001, 4_000]
-    assert pool.groups().free == 3
-    assert pool.groups().largest == 4_999
-    pool.check_integrity()
-
-
-@pytest.mark.parametrize("blocks", [-1, 11])
-def test_truncate_to_a_size_the_table_does_not_have(blocks: int) -> None:
-    pool = BlockGroupPool(100)
-    pool.allocate("a", 10)
-    with pytest.raises(InvalidTransition, match="its table has 10"):
-        pool.truncate("a", blocks)
-    assert pool.size("a") == 10
-    pool.check_integrity()
-
-
-# --- cached content ---
-
-
-def test_uncached_blocks_are_used_first_and_cached_ones_oldest_first() -> None:
-    pool = BlockGroupPool(30)
-    for i, sequence in enumerate("abc"):
-        pool.allocate(sequence, 10, expected=10)
-        assert pool.table(sequence)[0] == 10 * i
-    pool.free("b", cached=True)
-    pool.free("a", cached=True)
-    pool.free("c")
-    assert pool.groups() == Groups(free=1, largest=10, uncached=10, cached=20, tails=0)
-    pool.allocate("d", 10, expected=10)
-    assert pool.table("d").tolist() == list(range(20, 30))
-    pool.allocate("e", 3, expected=3)
-    assert pool.table("e").tolist() == [17, 18, 19], "oldest release, and of it the last blocks"
-    pool.attach("a", span(0, 10))
-    pool.attach("b", span(10, 17))
-    assert pool.free_blocks == 0
-    pool.check_integrity()
-
-
-def test_cached_content_is_spared_while_other_blocks_suffice() -> None:
-    pool = pool_with_free(100, range(0, 8), range(20, 25), range(30, 34))
-    pool.release(span(40, 100), cached=True)
-    pool.allocate("a", 8)
-    assert pool.groups().cached == 60, "a group is large enough, even if there is no room behind"
-    pool.allocate("b", 9, expected=9)
-    assert pool.groups().cached == 60, "two groups are large enough together"
-    pool.allocate("c", 3, expected=3)
-    assert pool.groups().cached == 57
-    pool.check_integrity()
-
-
-def test_a_prefix_hit_makes_blocks_young_again() -> None:
-    pool = BlockGroupPool(20)
-    pool.allocate("a", 10, expected=10)
-    pool.allocate("b", 10)
-    pool.free("a", cached=True)
-    pool.free("b", cached=True)
-    pool.attach("a", span(0, 10))
-    pool.free("a", cached=True)
-    pool.allocate("c", 10, expected=10)
-    assert sorted(pool.table("c")) == list(range(10, 20))
-    pool.check_integrity()
-
-
-def test_room_for_growth_costs_little_cached_content() -> None:
-    pool = BlockGroupPool(1000)
-    pool.allocate("a", 1000)
-    pool.free("a", cached=True)
-    pool.allocate("b", 10, expected=500)
-    assert pool.groups().cached >= 1000 - 10 - 1000 // 10
-
-
-def test_headroom_keeps_as_much_free_of_cached_content() -> None:
-    pool = BlockGroupPool(1000, headroom=0.06)
-    pool.allocate("a", 1000)
-    pool.free("a", cached=True)
-    pool.allocate("b", 10, expected=10)
-    pool.allocate("b", 20, expected=20)
-    assert pool.groups().uncached + pool.groups().tails >= 50
-
-
-def test_forgotten_content_is_not_spared() -> None:
-    pool = BlockGroupPool(20)
-    pool.allocate("a", 20)
-    pool.free("a", cached=True)
-    pool.forget_cached(span(5, 10))
-    pool.forget_cached(span(5, 10))
-    assert pool.groups() == Groups(free=1, largest=5, uncached=5, cached=15, tails=0)
-    pool.allocate("b", 5)
-    assert pool.table("b").tolist() == list(range(5, 10))
-    pool.check_integrity()
 
 
 # --- bookkeeping ---
