@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvswitch.switch.manager import Resumption
     from kvswitch.transfer import Backend, Ticket
 
-__all__ = ["hookimpl", "hookspec", "make_registered", "plugin_manager"]
+__all__ = ["hookimpl", "hookspec", "make_policy", "make_registered", "plugin_manager"]
 
 hookspec = pluggy.HookspecMarker("kvswitch")
 hookimpl = pluggy.HookimplMarker("kvswitch")
@@ -139,3 +139,23 @@ def make_registered(
         return every[name](**settings)
     except TypeError as error:
         raise ConfigError(f"cannot make {kind} {name!r}: {error}") from error
+
+
+def make_policy(name: str, *, plugins: Iterable[Any] = (), **settings: Any) -> PriorityPolicy:
+    """Make a registered priority policy, e.g. ``make_policy("fixed", ageing=4)``.
+
+    Parameters
+    ----------
+    plugins : iterable of object
+        Plug-ins beside the installed ones.
+    **settings
+        The policy's own.
+
+    Raises
+    ------
+    ConfigError
+        There is no such policy, or it has no such settings.
+    """
+    registrations = plugin_manager(plugins).hook.kvswitch_policies()
+    policy: PriorityPolicy = make_registered(registrations, name, "priority policy", **settings)
+    return policy
