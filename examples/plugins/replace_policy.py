@@ -25,7 +25,7 @@ __all__ = ["LeastAttainedService", "LeastAttainedServicePolicy"]
 class LeastAttainedServicePolicy:
     """Priority falls with the logarithm of the tokens served; waiting makes up for it.
 
-    The engine passes the tokens served, negated, as base priority: `scheduler.set_priority(seq, -n)`.
+    The engine passes the tokens served, negated, as base priority: `set_priority(seq, -n)`.
     """
 
     def priorities(

@@ -78,7 +78,6 @@ class HostCopies:
         self._tables = HostTables(num_blocks, block_tokens, first_group, on_lost)
         self._owners = self._tables.owners
         self._keys = self._tables.keys
-        self._block_of = self._keys._block
         self.pool = self._tables.pool
         self._held: set[Fill | Lease] = set()
 

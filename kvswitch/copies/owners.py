@@ -74,7 +74,7 @@ class Owner:
         covered = self.valid
         for fill in self.fills:
             if fill.first * block_tokens <= covered:  # else a fill that it builds on has failed
-                covered = max(covered, fill.tokens)
+                covered = fill.tokens
         return covered
 
     def limit(self, tokens: int) -> None:
@@ -88,7 +88,7 @@ class Owner:
         while self.fills and self.fills[0].committed:
             fill = self.fills.pop(0)
             if fill.first * block_tokens <= self.valid:
-                self.valid = max(self.valid, fill.tokens)
+                self.valid = fill.tokens
 
 
 class Owners:
@@ -140,11 +140,10 @@ class Owners:
         return entry
 
     def remove(self, entry: Owner) -> None:
-        """Forget an owner."""
+        """Forget an owner, who must have no copies left."""
         del self._owners[entry.id]
         self._by_row[entry.row] = None
         self._free_rows.append(entry.row)
-        self.last_block[entry.row] = -1
 
     def touch(self, entry: Owner) -> None:
         """Note that `entry`'s copies are being used now."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 
 from kvswitch.copies import HostCopies
 
-Benchmark = Callable[..., Any]
+Benchmark: TypeAlias = Any
 BLOCK_TOKENS = 16
 OWNERS = 1_000
 SWAPPED = 60  # blocks of a swap-out

@@ -64,7 +64,7 @@ def test_least_recently_used_goes_first(make_copies: MakeCopies, use: str) -> No
     copies.hold_copy("first", 33)
     copies.hold_copy("second", 48)
     if use == "begin":
-        copies.hold_copy("first", 48)
+        copies.commit(copies.begin("first", 48))
     elif use == "pin":
         copies.release(copies.pin("first", 10))
     elif use == "adopt":
@@ -214,6 +214,42 @@ def test_own_copies_before_a_shared_one_go_in_their_own_order(make_copies: MakeC
     assert copies.adopt("low", "xyz") == 48
     copies.hold_copy("taker", 32, priority=3)
     assert (copies.valid("low"), copies.valid("high")) == (16, 32)
+
+
+@pytest.mark.parametrize(("pinned", "left"), [("low", (32, 16)), ("high", (16, 32))])
+def test_own_copies_before_a_shared_one_stay_while_leased(
+    make_copies: MakeCopies, pinned: str, left: tuple[int, int]
+) -> None:
+    copies = make_copies(5)
+    copies.hold_copy("high", 48, priority=2)
+    copies.hold_copy("low", 32, priority=1)
+    copies.publish("high", 2, "z")
+    copies.adopt("low", "xyz")
+    lease = copies.pin(pinned, 32)
+    copies.hold_copy("taker", 32, priority=3)
+    assert (copies.valid("low"), copies.valid("high")) == left
+    copies.release(lease)
+
+
+def test_nobody_loses_to_itself_what_it_shares(make_copies: MakeCopies) -> None:
+    copies = make_copies(4)
+    copies.hold_copy("a", 64, resident=True)
+    share(copies, "a", "equal", 4)
+    copies.set_resident("equal", True)
+    with pytest.raises(HostMemoryExhausted):
+        copies.begin("a", 80)
+    assert (copies.valid("a"), copies.valid("equal"), copies.lost) == (64, 64, [])
+
+
+def test_a_new_owner_has_nothing_of_who_is_gone(make_copies: MakeCopies) -> None:
+    copies = make_copies(4)
+    copies.hold_copy("gone", 16, priority=5, resident=True)
+    copies.drop("gone")
+    copies.commit(copies.begin("new", 64))
+    with pytest.raises(HostMemoryExhausted):
+        copies.begin("equal", 16)  # not redundant
+    copies.hold_copy("high", 16, priority=1)
+    assert copies.lost == [("new", 48)]
 
 
 def test_many_owners_of_one_prompt_give_it_up_together(make_copies: MakeCopies) -> None:

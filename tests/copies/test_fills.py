@@ -125,6 +125,9 @@ def test_what_is_built_on_an_aborted_fill_counts_for_nothing(
         copies.commit(two)
     assert copies.valid("a") == 16
     assert len(copies.table("a")) == 1
+    copies.hold_copy("b", 32)
+    copies.publish("b", 1, "y")
+    assert copies.adopt("a", "xy") == 32, "nothing is pending any more"
 
 
 def test_a_copy_is_begun_again_where_it_broke_off(make_copies: MakeCopies) -> None:
@@ -201,15 +204,19 @@ def test_blocks_of_a_dropped_owner_come_free_when_its_fill_has_ended(
     assert (copies.pool.free_blocks, copies.num_leases()) == (4, 0)
 
 
-def test_an_owner_that_comes_again_has_nothing_of_its_former_self(make_copies: MakeCopies) -> None:
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_an_owner_that_comes_again_has_nothing_of_its_former_self(
+    make_copies: MakeCopies, end: str
+) -> None:
     copies = make_copies(10)
     one, two = copies.begin("a", 32), copies.begin("a", 64)
     copies.commit(two)
     copies.drop("a")
     assert copies.num_leases() == 1, "the second has ended, though it still waited for the first"
+    copies.hold_copy("a", 20)
     again = copies.begin("a", 48)
-    copies.commit(one)
-    assert copies.valid("a") == 0
+    getattr(copies, end)(one)
+    assert (copies.valid("a"), copies.covered("a")) == (16, 48)
     copies.commit(again)
     assert copies.valid("a") == 48
 
