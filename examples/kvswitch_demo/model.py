@@ -96,6 +96,37 @@ class Weights:
     output_norm: Tensor
     output: Tensor | None = None
 
+    @classmethod
+    def random(cls, config: LlamaConfig, seed: int = 0) -> Weights:
+        """Draw float32 weights that say nothing, for trying things out on a small model."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def matrix(rows: int, columns: int) -> Tensor:
+            values: Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
+            return values
+
+        def scale() -> Tensor:
+            values: Tensor = 1 + 0.1 * torch.randn(config.hidden, generator=generator)
+            return values
+
+        attended = config.heads * config.head_dim
+        return cls(
+            embedding=matrix(config.vocab, config.hidden),
+            layers=[
+                LayerWeights(
+                    attention_norm=scale(),
+                    qkv=matrix(attended + 2 * config.kv_heads * config.head_dim, config.hidden),
+                    attention_output=matrix(config.hidden, attended),
+                    ffn_norm=scale(),
+                    gate_up=matrix(2 * config.ffn, config.hidden),
+                    down=matrix(config.hidden, config.ffn),
+                )
+                for _ in range(config.layers)
+            ],
+            output_norm=scale(),
+            output=matrix(config.vocab, config.hidden),
+        )
+
 
 @dataclass(frozen=True)
 class Chunk:

@@ -5,6 +5,9 @@
 
 Jobs of a lane begin in order, run in order (the queue's) and end in order. So one number says which
 have ended, and waiting for the newest of some jobs is waiting for all of them.
+
+With nothing to dispatch, the dispatcher sleeps until the oldest window in flight has been copied. A
+job submitted during the very last window is therefore dispatched after it.
 """
 
 from __future__ import annotations

@@ -129,16 +129,17 @@ def lower(
         runs = _merge(runs)
     if not (coalesce and src.dense and dst.dense):
         runs = _split(runs)
-    # One strided pass per field: [regions, 1] and [n] broadcast to [regions, n].
-    blocks = runs.astype(np.uint64)
-    nbytes = np.multiply.outer(src.table[2], blocks[:, 2]).ravel()
-    sides = []
-    for layout, first in ((src, blocks[:, 0]), (dst, blocks[:, 1])):
-        address, stride, _ = layout.table
-        at = np.multiply.outer(stride, first)
-        at += address[:, None]
-        sides.append(at.ravel())
-    return _cut(sides[0], sides[1], nbytes, window_bytes)
+    first_src, first_dst, blocks = runs.astype(np.uint64).T
+    # [regions, 1] and [runs] broadcast to [regions, runs]. All in one allocation: a large one gets
+    # huge pages, and most of the time would go into touching small ones.
+    fields = np.empty((3, len(src.regions), len(runs)), np.uint64)
+    for layout, first, addresses in ((src, first_src, fields[0]), (dst, first_dst, fields[1])):
+        start, stride, _ = layout.table[:, :, None]
+        np.multiply(stride, first, out=addresses)
+        np.add(addresses, start, out=addresses)
+    np.multiply(src.table[2][:, None], blocks, out=fields[2])
+    at, to, nbytes = fields.reshape(3, -1)
+    return _cut(at, to, nbytes, window_bytes)
 
 
 def _merge(runs: Runs) -> Runs:
@@ -198,18 +199,16 @@ def _cut(src: Bytes, dst: Bytes, nbytes: Bytes, window_bytes: int) -> Copies:
     to_begin, to_stop = cuts - begin, stop - cuts
     at_stop = to_stop <= np.minimum(to_begin, snap)
     at_begin = ~at_stop & (to_begin <= snap)
-    cuts = np.where(at_stop, stop, np.where(at_begin, begin, cuts))
     inside = ~(at_stop | at_begin)
-    begins = end - nbytes
+    # The copy each window starts with, counting the pieces cut off before it.
+    first = owner + ~at_begin
+    first += np.cumsum(inside) - inside
     if inside.any():
-        owner, offset = owner[inside], to_begin[inside]
-        begins = np.insert(begins, owner + 1, cuts[inside])
+        at, owner, offset = first[inside], owner[inside], to_begin[inside]
         src = np.insert(src, owner + 1, src[owner] + offset)
         dst = np.insert(dst, owner + 1, dst[owner] + offset)
-        nbytes = np.diff(begins, append=np.uint64(total))
-    if cuts[-1] == total:
-        cuts = cuts[:-1]
-    windows = np.empty(len(cuts) + 2, np.int64)
-    windows[0], windows[-1] = 0, len(src)
-    windows[1:-1] = np.searchsorted(begins, cuts)
+        rest = nbytes[owner] - offset
+        nbytes = np.insert(nbytes, owner + 1, rest)
+        nbytes[at - 1] -= rest  # of a copy cut more than once, each piece but the last
+    windows = np.concatenate([[0], first[first < len(src)], [len(src)]])
     return Copies(src, dst, nbytes, windows, num_copies)

@@ -7,23 +7,35 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import tiny_llama
 
 from kvswitch import hookimpl
 from kvswitch.errors import HostMemoryExhausted
 from kvswitch.messages import Direction
 from kvswitch_demo.engine import Engine
-from kvswitch_demo.model import Llama
+from kvswitch_demo.model import Llama, LlamaConfig, Weights
 from kvswitch_demo.results import RunResult, figures
 from kvswitch_demo.run import MODES, Mode, make_engine, serve
 from kvswitch_demo.workload import Conversations, Script, Workload
+
+CONFIG = LlamaConfig(
+    vocab=64,
+    hidden=64,
+    ffn=96,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    head_dim=16,
+    context=300,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+)
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Llama]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield tiny_llama()
+    yield Llama(CONFIG, Weights.random(CONFIG))
     torch.set_num_threads(threads)
 
 

@@ -48,40 +48,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def random_weights(config: LlamaConfig = CONFIG, seed: int = 0) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-
-    def scale() -> torch.Tensor:
-        return 1 + 0.1 * torch.randn(config.hidden, generator=generator)
-
-    return Weights(
-        embedding=matrix(config.vocab, config.hidden),
-        layers=[
-            LayerWeights(
-                attention_norm=scale(),
-                qkv=matrix((config.heads + 2 * config.kv_heads) * config.head_dim, config.hidden),
-                attention_output=matrix(config.hidden, config.heads * config.head_dim),
-                ffn_norm=scale(),
-                gate_up=matrix(2 * config.ffn, config.hidden),
-                down=matrix(config.hidden, config.ffn),
-            )
-            for _ in range(config.layers)
-        ],
-        output_norm=scale(),
-        output=matrix(config.vocab, config.hidden),
-    )
-
-
 @pytest.fixture(scope="module", params=["onednn", "mkl"])
 def llama(request: pytest.FixtureRequest) -> Llama:
     """The model, with either of the two products that the CPU offers."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "mkl":
             patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
-        return Llama(CONFIG, random_weights())
+        return Llama(CONFIG, Weights.random(CONFIG))
 
 
 def table(first: int, tokens: int, seed: int = 0) -> BlockIds:
@@ -144,12 +117,12 @@ def naive_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) -> to
 @pytest.mark.parametrize("length", [1, 2, 17, 63, 64, 65, 128, 200, 300])
 def test_logits_are_those_of_plain_attention(llama: Llama, length: int) -> None:
     tokens = tokens_of(length)
-    expected = naive_logits(CONFIG, random_weights(), tokens)
+    expected = naive_logits(CONFIG, Weights.random(CONFIG), tokens)
     torch.testing.assert_close(at_once(llama, tokens).double(), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_without_an_output_matrix_the_embedding_serves() -> None:
-    weights = replace(random_weights(), output=None)
+    weights = replace(Weights.random(CONFIG), output=None)
     logits = at_once(Llama(CONFIG, weights), [1, 2, 3])
     expected = naive_logits(CONFIG, weights, [1, 2, 3])
     torch.testing.assert_close(logits.double(), expected, atol=2e-5, rtol=2e-5)
@@ -249,7 +222,7 @@ def test_read_only_block_tables_longer_than_needed_are_welcome(llama: Llama) -> 
 
 
 def test_bfloat16_ignores_chunks_and_company_as_well() -> None:
-    half = Llama(CONFIG, to_bfloat16(random_weights()))
+    half = Llama(CONFIG, to_bfloat16(Weights.random(CONFIG)))
     tokens = tokens_of(130)
     cache = poisoned_cache(half)
     assert cache.dtype == torch.bfloat16
@@ -302,7 +275,7 @@ def test_a_cache_without_room_is_refused(llama: Llama, shape: tuple[int, int]) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_logits_but_for_rounding() -> None:
     tokens = tokens_of(150)
-    weights = random_weights()
+    weights = Weights.random(CONFIG)
     layers = [
         replace(layer, **{name: tensor.cuda() for name, tensor in vars(layer).items()})
         for layer in weights.layers

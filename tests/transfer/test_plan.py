@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvswitch.errors import ConfigError, TransferError
@@ -68,6 +68,7 @@ def check_windows(copies: Copies, window_bytes: int) -> None:
     assert (4 * per_window[:-1] >= 3 * window_bytes).all()
 
 
+@settings(deadline=None)
 @given(pairings())
 def test_coalesced_runs_are_the_same_pairs_and_cannot_be_merged(
     pairing: tuple[list[int], list[int]],
@@ -105,6 +106,7 @@ def test_ids_that_do_not_pair_up_are_refused() -> None:
         coalesce(ids(1, 2), ids(1))
 
 
+@settings(deadline=None)
 @given(pairings(), mirrored_layouts(), st.integers(1, 200), st.booleans(), st.booleans())
 @example(([0, 1, 2, 3], [0, 1, 2, 3]), (Layout((Region(0, 24, 24),), 24),) * 2, 16, True, True)
 def test_lowered_copies_move_exactly_the_bytes_of_the_blocks(
@@ -139,6 +141,7 @@ def test_lowered_copies_move_exactly_the_bytes_of_the_blocks(
         assert array.dtype == np.uint64
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(16, 640))
 def test_small_copies_are_not_cut_and_no_slivers_are_left(sizes: list[int], window: int) -> None:
     # One region per size, and one block: copies of just these sizes.
