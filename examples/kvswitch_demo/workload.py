@@ -21,7 +21,7 @@ __all__ = ["Conversations", "PromptMaker", "Script", "Workload", "load_lengths"]
 PromptMaker = Callable[[int, int, int], list[int]]
 """(conversation, turn, tokens) -> token ids of a user's message of about so many tokens."""
 
-_FEWEST = 12  # tokens of a user's message: the chat format alone takes most of them
+_FEWEST = 16  # tokens of a user's message: the chat format takes ten of them
 _EPOCHS = 4096  # length of a priority trace; it starts anew at its end
 
 

@@ -35,7 +35,7 @@ def test_lengths_are_clipped_and_turns_come_after_each_other() -> None:
     for script in workload.scripts(load_lengths(), prompt):
         assert 2 <= len(script.prompts) <= wanted.turns
         assert len(script.outputs) == len(script.prompts) == len(script.pauses) + 1
-        assert all(12 <= len(tokens) <= wanted.prompt_tokens for tokens in script.prompts)
+        assert all(16 <= len(tokens) <= wanted.prompt_tokens for tokens in script.prompts)
         assert all(2 <= tokens <= wanted.output_tokens for tokens in script.outputs)
 
 
