@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-demo bench test test-all lint format clean
+.PHONY: help demo bench-demo bench bench-serving test test-all lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ bench-demo: $(STAMP) ## The demo over 5 seeds: medians and ranges; results in be
 
 bench: $(STAMP) ## Benchmarks of the hot paths
 	$(BIN)/pytest tests/benchmarks --benchmark-enable --benchmark-only $(ARGS)
+
+bench-serving: $(STAMP) ## The real planner in virtual time: granularity, reuse, strategies
+	$(BIN)/python tests/benchmarks/serving.py $(ARGS)
 
 lint: $(STAMP) ## Style and types
 	$(BIN)/ruff check

@@ -1,14 +1,16 @@
 """The baseline of the paper: one synchronous copy for every block, layer, and K or V.
 
 This is how vLLM swapped while it still did: the engine waits while block after block goes out or
-in, whole contexts each time. The copies are written as well as such copies can be: addresses are
-prepared beforehand, and nothing but the copy call itself is in the loop.
+in, whole contexts each time, one direction after the other (figure 6a of the paper). The copies are
+written as well as such copies can be: addresses are prepared beforehand, and nothing but the copy
+call itself is in the loop.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
+from threading import Lock
 from typing import Any
 
 import torch
@@ -46,17 +48,19 @@ class _Now:
 
 
 class _SynchronousQueue:
-    def __init__(self, bandwidth: float | None) -> None:
+    def __init__(self, bandwidth: float | None, one_at_a_time: Lock) -> None:
         self._bandwidth = bandwidth
+        self._one_at_a_time = one_at_a_time
 
     def copy(self, copies: Copies, start: int, stop: int) -> None:
-        copy, begin = ctypes.memmove, time.perf_counter()
         sizes = copies.nbytes[start:stop]
         pieces = copies.dst[start:stop].tolist(), copies.src[start:stop].tolist(), sizes.tolist()
-        for target, source, nbytes in zip(*pieces, strict=True):
-            copy(target, source, nbytes)
-        if self._bandwidth:  # the link is no faster than in the other modes
-            time.sleep(max(0.0, begin + sizes.sum() / self._bandwidth - time.perf_counter()))
+        with self._one_at_a_time:
+            copy, begin = ctypes.memmove, time.perf_counter()
+            for target, source, nbytes in zip(*pieces, strict=True):
+                copy(target, source, nbytes)
+            if self._bandwidth:  # the link is no faster than in the other modes
+                time.sleep(max(0.0, begin + sizes.sum() / self._bandwidth - time.perf_counter()))
 
     def record(self, event: Event | None = None) -> Event:
         return _Now()
@@ -66,15 +70,16 @@ class _SynchronousQueue:
 
 
 class PerBlockBackend:
-    """Copies in the thread that asks for it, piece by piece."""
+    """Copies in the thread that asks for it, piece by piece, both directions in series."""
 
     coalesce = False
 
     def __init__(self, bandwidth: float | None = None) -> None:
         self._bandwidth = bandwidth
+        self._one_at_a_time = Lock()
 
     def open_queue(self, direction: Direction) -> _SynchronousQueue:
-        return _SynchronousQueue(self._bandwidth)
+        return _SynchronousQueue(self._bandwidth, self._one_at_a_time)
 
     def event(self) -> Event:
         return _Now()

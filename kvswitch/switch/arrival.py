@@ -74,7 +74,8 @@ class Arrivals:
         self._stats = stats
         self._block_bytes = block_bytes
         self._reuse = reuse
-        self._landed: dict[SwapSequence, int] = {}
+        self._landed: dict[SwapSequence, int] = {}  # not yet reported
+        self._short: set[SwapSequence] = set()  # those with fewer tokens than promised
 
     def bring_back(self, s: SwapSequence, accepted: int, step: int) -> Resumption:
         """Resume a sequence that has left the device.
@@ -98,7 +99,7 @@ class Arrivals:
         lease = self._copies.pin(s.id, valid) if len(gone) else None
         self._device.hold(back)
         self._departures.make_room(len(gone))
-        after = self._build_table(s, here)
+        after = self._build_table(s, here) if len(back) else self._room.grow(s, len(gone), None)
         self._device.release(back)
         s.tokens = valid
         self._stats.resumptions += 1
@@ -158,6 +159,7 @@ class Arrivals:
         if valid < incoming.tokens:
             self._stats.tokens_lost += incoming.tokens - valid
             s.tokens = valid
+            self._short.add(s)
         self._landed[s] = valid
         self._arrived(s)
 
@@ -202,6 +204,10 @@ class Arrivals:
         count = strategy.wait_for(arrivals, len(queues[SequenceState.RUNNING]))
         return [arrival.transfer for arrival in arrivals[:count]]
 
+    def at_most(self, s: SwapSequence, tokens: int) -> int:
+        """`tokens`, or what has landed of `s` if that is less and has not been reported yet."""
+        return min(tokens, self._landed[s]) if s in self._short else tokens
+
     def cut(self, s: SwapSequence) -> None:
         """Only the first `s.tokens` are wanted any more, of what lands or has landed, too."""
         if s.incoming is not None:
@@ -212,8 +218,10 @@ class Arrivals:
     def forget(self, s: SwapSequence) -> None:
         """Do not report `s` as landed: it is not there any more."""
         self._landed.pop(s, None)
+        self._short.discard(s)
 
     def take_landed(self) -> dict[SwapSequence, int]:
         """Sequences whose swap-in has ended since the last call, with their valid tokens."""
         landed, self._landed = self._landed, {}
+        self._short.clear()
         return landed

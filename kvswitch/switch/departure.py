@@ -70,10 +70,11 @@ class Departures:
         sent = 0
         if fill is not None:
             sent = len(fill.blocks)
-            going = slice(fill.first, fill.first + sent)
-            self._send(s, fill, blocks[going])
-            blocks = np.delete(blocks, going)
-        self._device.release(blocks)
+            first, last = fill.first, fill.first + sent
+            self._send(s, fill, blocks[first:last])
+            blocks = np.concatenate((blocks[:first], blocks[last:]))
+        if len(blocks):
+            self._device.release(blocks)
         if copy:
             covered = self._room.blocks(self._copies.covered(s.id))
             self._stats.blocks_spared += covered - sent
@@ -183,19 +184,25 @@ class Departures:
         """
         if blocks <= self._room.free:
             return
-        complete: list[SwapSequence] = []
-        partial: list[SwapSequence] = []
-        for s in self._sequences.queues[SequenceState.IDLE].values():
-            whole = not s.outgoing and self._copies.valid(s.id) >= s.tokens
-            (complete if whole else partial).append(s)
-        for s in complete:
-            if blocks <= self._room.free:
-                return
-            self._evict(s)
-        for s in partial:
+        self.keep_free(blocks)
+        for s in list(self._sequences.queues[SequenceState.IDLE].values()):
             if blocks <= self._room.free + self._traffic.takeable_blocks():
                 return
             self._evict(s)
+
+    def keep_free(self, blocks: int) -> None:
+        """Let idle sequences with complete copies leave until `blocks` are free, or none is left.
+
+        Called with the headroom once a step: free groups stay large only where some memory is free,
+        and idle sequences would otherwise fill all of it.
+        """
+        if blocks <= self._room.free:
+            return
+        for s in list(self._sequences.queues[SequenceState.IDLE].values()):
+            if not s.outgoing and self._copies.valid(s.id) >= s.tokens:
+                self._evict(s)
+                if blocks <= self._room.free:
+                    return
 
     def _evict(self, s: SwapSequence) -> None:
         if not self._room.has_spare(s):

@@ -24,7 +24,6 @@ from kvswitch.config import Config
 from kvswitch.errors import ConfigError, InvalidTransition
 from kvswitch.hooks import make_registered, plugin_manager
 from kvswitch.messages import BlockIds, Transfer
-from kvswitch.scheduling import PriorityPolicy
 from kvswitch.switch.manager import SwapManager
 from kvswitch.switch.sequence import SequenceState
 from kvswitch.switch.stats import SwapStats
@@ -121,6 +120,11 @@ class KVSwitch:
         if not isinstance(config, Config):
             config = Config.from_mapping(config or {})
         layout = kv_cache if isinstance(kv_cache, Layout) else layout_of(kv_cache)
+        if block_tokens < 1 or all(region.nbytes % block_tokens for region in layout.regions):
+            raise ConfigError(
+                "block_tokens must be the number of token slots in a block, which divides its bytes"
+                f" ({layout.regions[0].nbytes} in the first region), not {block_tokens}"
+            )
         host_blocks = config.host_bytes // layout.block_bytes
         if host_blocks == 0:
             raise ConfigError(
@@ -129,33 +133,34 @@ class KVSwitch:
             )
         self.block_tokens = block_tokens
         self.layout = layout
-        self.planner = SwapManager(
-            layout.num_blocks,
-            host_blocks,
-            block_tokens,
-            block_bytes=layout.block_bytes,
-            first_group=config.first_group,
-            headroom=config.headroom,
-            strategy=config.strategy,
-            swap=config.preemption == "switch",
-            reuse=config.reuse,
-            on_lost=self._note_lost,
-        )
         self._hooks = plugin_manager(plugins)
-        self._grow = self.planner.grow
         self._lost: list[tuple[Hashable, int]] = []
         self._stall = self._overhead = 0.0
-        self._step_ended: float | None = None
+        self._forward_began: float | None = None  # None: there was nothing to run
+        self._stall_before = 0.0
+        if backend is None:
+            backend = self._make_backend(config.backend, kv_cache)
         arena = HostArena(host_blocks * layout.block_bytes)
         try:
-            if backend is None:
-                backend = self._make_backend(config.backend, kv_cache)
+            self.planner = SwapManager(
+                layout.num_blocks,
+                host_blocks,
+                block_tokens,
+                block_bytes=layout.block_bytes,
+                first_group=config.first_group,
+                headroom=config.headroom,
+                strategy=config.strategy,
+                swap=config.preemption == "switch",
+                reuse=config.reuse,
+                on_lost=self._note_lost,
+            )
             engine = TransferEngine(
                 backend, layout, arena.layout(layout), window_bytes=config.window_bytes
             )
         except BaseException:
             arena.close()
             raise
+        self._grow = self.planner.grow
         self._worker = SwapWorker(
             engine, backend, on_started=self._on_started, on_ended=self._on_ended
         )
@@ -274,18 +279,6 @@ class KVSwitch:
         """Set how much `sequence` matters (larger is more): who loses host copies first."""
         self.planner.set_priority(sequence, priority)
 
-    def policy(self, name: str, **settings: Any) -> PriorityPolicy:
-        """Make the priority policy that a plug-in has registered under `name`.
-
-        Raises
-        ------
-        ConfigError
-            There is none, or it has no such settings.
-        """
-        policies = self._hooks.hook.kvswitch_policies()
-        policy: PriorityPolicy = make_registered(policies, name, "priority policy", **settings)
-        return policy
-
     # -- the iteration ---------------------------------------------------------------------------
 
     def step(self, stream: object | None = None) -> Ready:
@@ -301,7 +294,9 @@ class KVSwitch:
         """
         started = perf_counter()
         self._check_open()
-        forward = None if self._step_ended is None else started - self._step_ended
+        forward = None
+        if self._forward_began is not None:
+            forward = started - self._forward_began - (self._stall - self._stall_before)
         stalled = self._stall
         self.planner.observe(self._worker.report(step_seconds=forward))
         self._dispatch(stream)
@@ -309,8 +304,10 @@ class KVSwitch:
         while self._lost:
             sequence, tokens = self._lost.pop(0)
             self._tell(self._hooks.hook.kvswitch_copies_lost, sequence=sequence, tokens=tokens)
-        self._step_ended = perf_counter()
-        self._overhead += self._step_ended - started - (self._stall - stalled)
+        ended = perf_counter()
+        self._overhead += ended - started - (self._stall - stalled)
+        self._forward_began = ended if self.planner.queue(SequenceState.RUNNING) else None
+        self._stall_before = self._stall
         return ready
 
     def _dispatch(self, stream: object | None = None, *, also: int | None = None) -> None:
@@ -347,8 +344,10 @@ class KVSwitch:
     def close(self) -> None:
         """End all transfers and give the host memory back. May be called again."""
         if self._shut.alive:
-            self._worker.submit(self.planner.orders())
-            self._shut()
+            try:
+                self._worker.submit(self.planner.orders())
+            finally:
+                self._shut()
             self.planner.observe(self._worker.report())
 
     def __enter__(self) -> KVSwitch:

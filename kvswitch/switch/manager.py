@@ -18,8 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 
-import numpy as np
-
 from kvswitch.blocks import BlockGroupPool
 from kvswitch.config import StrategyName
 from kvswitch.copies import HostCopies
@@ -54,7 +52,7 @@ class SwapManager:
     first_group : int
         Expected size of a sequence's first block group, in blocks.
     headroom : float
-        Share of the device pool that admission leaves free (`available_blocks`).
+        Share of the device pool that admission (`available_blocks`) and idle sequences leave free.
     strategy : {"adaptive", "async", "sync", "serial"}
         Whether the batch waits for swap-ins.
     swap : bool
@@ -297,12 +295,12 @@ class SwapManager:
         -------
         int
             Tokens kept: fewer than asked for if the boundary lies inside a block that others
-            share, since shared blocks are never written.
+            share, since shared blocks are never written, or if less has landed.
         """
         s = self._sequences.get(sequence)
         if tokens < 0:
             raise InvalidTransition(f"cannot truncate {sequence!r} to {tokens} tokens")
-        self._cut(s, min(tokens, s.tokens))
+        self._cut(s, self._arrivals.at_most(s, min(tokens, s.tokens)))
         return s.tokens
 
     def free(self, sequence: Hashable) -> None:
@@ -340,7 +338,8 @@ class SwapManager:
             raise InvalidTransition(f"{parent!r} is {source.state.name}: resume it before forking")
         if tokens < 0:
             raise InvalidTransition(f"cannot fork {tokens} tokens of {parent!r}")
-        blocks = min(tokens, source.tokens) // self.block_tokens
+        tokens = self._arrivals.at_most(source, min(tokens, source.tokens))
+        blocks = tokens // self.block_tokens
         # Content keys make a shared block go out once: who is second adopts the first one's copy.
         while len(source.keys) < blocks:
             source.keys.append(object())
@@ -402,6 +401,7 @@ class SwapManager:
     def orders(self) -> SwapOrders:
         """Steps 2 to 4: swap-ins and swap-outs planned since the last call, conflicts, strategy."""
         self._step += 1
+        self._departures.keep_free(self._headroom)
         self._departures.copy_ahead()
         wait: set[int] = set()
         if self._forward_waits:
@@ -421,13 +421,14 @@ class SwapManager:
     # -- bookkeeping ---------------------------------------------------------------------------
 
     def _computed(self, s: SwapSequence, tokens: int | None) -> int:
+        """How many tokens of `s` the engine can have computed, if it says `tokens`."""
         if tokens is None:
-            return s.tokens
+            tokens = s.tokens
         if not 0 <= tokens <= s.capacity:
             raise InvalidTransition(
                 f"{s.id!r} cannot have computed {tokens} tokens: its blocks hold {s.capacity}"
             )
-        return tokens
+        return self._arrivals.at_most(s, tokens)
 
     def _cut(self, s: SwapSequence, tokens: int) -> None:
         """Let `s` have `tokens`, or as few less as it takes not to write a shared block."""
@@ -446,29 +447,11 @@ class SwapManager:
         self.device.check_integrity()
         self.copies.check_integrity()
         self._sequences.check_integrity()
-        tables = np.zeros(self.device.num_blocks, np.int32)
-        needs = tables.copy()
+        self._room.check_integrity(self._all.values())
         for sequence, s in self._all.items():
-            known = self.device.table(sequence) if sequence in self.device else s.table
-            if not np.array_equal(known, s.table) or (s.state in _LEFT and sequence in self.device):
-                raise IntegrityError(
-                    f"{sequence!r} is {s.state.name}, its device blocks say otherwise"
-                )
-            if s.capacity != len(s.table) * self.block_tokens:
-                raise IntegrityError(
-                    f"{sequence!r} has {s.capacity} slots in {len(s.table)} blocks"
-                )
+            if s.state in _LEFT and sequence in self.device:
+                raise IntegrityError(f"{sequence!r} is {s.state.name}, but has device blocks")
             if s.state not in _LEFT and s.tokens > s.capacity:
                 raise IntegrityError(f"{sequence!r}: {s.tokens} tokens, {s.capacity} slots")
             if self.copies.covered(sequence) > s.tokens:
                 raise IntegrityError(f"{sequence!r}: the host has more than its {s.tokens} tokens")
-            tables[s.table] += 1
-            if s.state in ON_DEVICE:
-                needs[s.table] += 1
-        for incoming in self._traffic.into.values():
-            needs[incoming.blocks] += 1
-        self._traffic.add_references(tables)
-        self._room.check_integrity(needs)
-        every = np.arange(self.device.num_blocks, dtype=np.int32)
-        if (wrong := np.flatnonzero(self.device.references(every) != tables)).size:
-            raise IntegrityError(f"leaked or lost references on device blocks {wrong[:8].tolist()}")

@@ -9,10 +9,9 @@ writes it. All others can be had without preempting anybody::
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import numpy as np
-import numpy.typing as npt
 
 from kvswitch.blocks import BlockGroupPool
 from kvswitch.errors import IntegrityError, OutOfBlocks
@@ -133,8 +132,25 @@ class DeviceRoom:
         self._needs[blocks] = needs
         self._needed -= len(blocks) - int(np.count_nonzero(needs))
 
-    def check_integrity(self, needs: npt.NDArray[np.int32]) -> None:
-        """Raise IntegrityError unless each block is needed as often as `needs` says."""
+    def check_integrity(self, sequences: Iterable[SwapSequence]) -> None:
+        """Raise IntegrityError if tables, references and needs contradict each other."""
+        references = np.zeros(self._pool.num_blocks, np.int32)
+        needs = references.copy()
+        for s in sequences:
+            known = self._pool.table(s.id) if s.id in self._pool else NO_BLOCKS
+            if not np.array_equal(known, s.table):
+                raise IntegrityError(f"{s.id!r} is {s.state.name}, the pool gives it {known}")
+            if s.capacity != len(s.table) * self._block_tokens:
+                raise IntegrityError(f"{s.id!r}: {len(s.table)} blocks, {s.capacity} slots")
+            references[s.table] += 1
+            if s.state in ON_DEVICE:
+                needs[s.table] += 1
+        for incoming in self._traffic.into.values():
+            needs[incoming.blocks] += 1
+        self._traffic.add_references(references)
+        every = np.arange(self._pool.num_blocks, dtype=np.int32)
+        if (wrong := np.flatnonzero(self._pool.references(every) != references)).size:
+            raise IntegrityError(f"leaked or lost references on device blocks {wrong[:8].tolist()}")
         if (wrong := np.flatnonzero(needs != self._needs)).size:
             raise IntegrityError(f"wrong count of who needs device blocks {wrong[:8].tolist()}")
         if self._needed != np.count_nonzero(needs):

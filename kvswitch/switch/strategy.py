@@ -20,11 +20,10 @@ __all__ = ["Arrival", "Strategy"]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A swap-in under way: its transfer, bytes still to come (estimate) and sequences it brings."""
+    """A swap-in under way: its transfer, and the bytes still to come (an estimate)."""
 
     transfer: int
     nbytes: float
-    sequences: int = 1
 
 
 class Strategy:
@@ -94,15 +93,13 @@ class Strategy:
         bandwidth, step = self.bandwidth, self.step_seconds
         if bandwidth == 0 or step == 0:
             return 0
-        best, best_gain = 0, 0.0
+        best, best_net = 0, 0.0
         nbytes = gain = 0.0
-        joined = 0
         for k, arrival in enumerate(arrivals, 1):
             nbytes += arrival.nbytes
-            joined += arrival.sequences
-            iterations = nbytes / bandwidth / step
-            gain += arrival.sequences * max(1, ceil(iterations))
-            net = gain - iterations * (running + joined)
-            if net > best_gain:
-                best, best_gain = k, net
+            iterations = nbytes / bandwidth / step  # t_k / s
+            gain += max(1, ceil(iterations))
+            net = gain - iterations * (running + k)
+            if net > best_net:
+                best, best_net = k, net
         return best

@@ -147,8 +147,9 @@ class Traffic:
         return here
 
     def shared(self, s: SwapSequence, block: int) -> bool:
-        """Whether somebody else than `s` and its swap-outs uses a block."""
-        own = sum(block in out.blocks for out in s.outgoing) + (block in s.table)
+        """Whether somebody else than `s` and its transfers uses a block."""
+        own = (block in s.table) + sum(block in out.blocks for out in s.outgoing)
+        own += s.incoming is not None and block in s.incoming.blocks
         return int(self._device.references(np.array([block], np.int32))[0]) > own
 
     # -- bookkeeping -----------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class SwapWorker:
         self._on_started = on_started
         self._on_ended = on_ended
         self._refused: list[int] = []
+        self._warned = False
         self._wait: set[int] = set()
 
     def submit(
@@ -67,7 +68,9 @@ class SwapWorker:
                     self._engine.submit(transfer, fence=fence)
                 except TransferError as error:
                     self._refused.append(transfer.id)
-                    _log.warning("cannot swap, so something is recomputed: %s", error)
+                    if not self._warned:  # a dead engine refuses everything from now on
+                        _log.warning("what cannot be swapped is recomputed: %s", error)
+                    self._warned = True
                 else:
                     if self._on_started is not None:
                         self._on_started(transfer)
@@ -105,7 +108,3 @@ class SwapWorker:
         return Observations(
             tuple(completed), tuple(failed), tuple(measurements), step_seconds, batch
         )
-
-    def close(self) -> None:
-        """End all transfers; `report` still says how they ended."""
-        self._engine.close()
