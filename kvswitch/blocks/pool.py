@@ -13,6 +13,7 @@ counts as free, and it is taken back when free groups do not suffice.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -279,6 +280,37 @@ class BlockGroupPool:
         if len(ids):
             self._cached.remove(ids)
             self._set_free(ids)
+
+    def longest_runs(self, blocks: int, also: BlockIds) -> BlockIds:
+        """Choose up to `blocks` blocks, in few and long runs; nothing changes.
+
+        Parameters
+        ----------
+        blocks : int
+        also : BlockIds
+            Blocks in use that may be chosen beside those of free groups without cached content.
+
+        Returns
+        -------
+        BlockIds
+            To be given to `attach`. Fewer than `blocks` if there are not as many.
+        """
+        runs: list[list[int]] = []
+        for start, length in sorted([*self._free, *runs_of(np.sort(also))]):
+            if runs and sum(runs[-1]) == start:
+                runs[-1][1] += length
+            else:
+                runs.append([start, length])
+        runs.sort(key=lambda run: run[1])
+        chosen = [np.empty(0, np.int32)]
+        while blocks and runs:
+            # The shortest that suffices, or else the longest.
+            place = bisect_left(runs, blocks, key=lambda run: run[1])
+            start, length = runs.pop(min(place, len(runs) - 1))
+            length = min(length, blocks)
+            chosen.append(np.arange(start, start + length, dtype=np.int32))
+            blocks -= length
+        return np.concatenate(chosen)
 
     # --- reports ---
 

@@ -58,7 +58,9 @@ class HostTables:
 
     def grow(self, entry: Owner, size: int, first: int) -> BlockIds:
         """Grow `entry`'s table to `size` blocks; those from the `first` on, to be overwritten."""
-        self.pool.allocate(entry.id, size)
+        # Nobody knows how long a conversation gets, so as much room as there is: an equal share of
+        # what is free, taken back when others need it.
+        self.pool.allocate(entry.id, size, expected=self.pool.num_blocks)
         blocks = self.pool.table(entry.id)[first:]
         self.keys.forget(blocks)
         self.owners.last_block[entry.row] = blocks[-1]

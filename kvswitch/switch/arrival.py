@@ -76,6 +76,7 @@ class Arrivals:
         self._reuse = reuse
         self._landed: dict[SwapSequence, int] = {}  # not yet reported
         self._short: set[SwapSequence] = set()  # those with fewer tokens than promised
+        self._last_end = 0  # steps planned when a swap-in last ended
 
     def bring_back(self, s: SwapSequence, accepted: int, step: int) -> Resumption:
         """Resume a sequence that has left the device.
@@ -139,8 +140,9 @@ class Arrivals:
                 self._room.attach(s, here[start:stop])
         return after
 
-    def end_in(self, transfer: int, *, ok: bool) -> None:
-        """Take note that a swap-in has ended."""
+    def end_in(self, transfer: int, step: int, *, ok: bool) -> None:
+        """Take note that a swap-in has ended, when `step` steps had been planned."""
+        self._last_end = step
         incoming = self._room.end_in(transfer)
         self._copies.release(incoming.lease)
         s = incoming.sequence
@@ -193,14 +195,14 @@ class Arrivals:
         if not arriving:
             return []
         arriving.sort(key=lambda incoming: incoming.transfer.id)
-        moved = strategy.bandwidth * strategy.step_seconds  # in one step, as it seems
-        arrivals, done = [], 0.0
+        arrivals: list[Arrival] = []
         for incoming in arriving:
-            # They land in order: what went into those before did not go into this one.
-            nbytes = len(incoming.blocks) * self._block_bytes
-            part = min(max(0.0, (step - 1 - incoming.step) * moved - done), nbytes)
-            arrivals.append(Arrival(incoming.transfer.id, nbytes - part))
-            done += part
+            nbytes: float = len(incoming.blocks) * self._block_bytes
+            if not arrivals:
+                # They land in order: only the oldest has got anything, since the last one landed.
+                steps = step - 1 - max(incoming.step, self._last_end)
+                nbytes -= min(nbytes, steps * strategy.bandwidth * strategy.step_seconds)
+            arrivals.append(Arrival(incoming.transfer.id, nbytes))
         count = strategy.wait_for(arrivals, len(queues[SequenceState.RUNNING]))
         return [arrival.transfer for arrival in arrivals[:count]]
 

@@ -396,7 +396,7 @@ class SwapManager:
             if transfer in self._traffic.out:
                 self._departures.end_out(transfer, ok=ok)
             else:
-                self._arrivals.end_in(transfer, ok=ok)
+                self._arrivals.end_in(transfer, self._step, ok=ok)
 
     def orders(self) -> SwapOrders:
         """Steps 2 to 4: swap-ins and swap-outs planned since the last call, conflicts, strategy."""

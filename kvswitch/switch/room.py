@@ -62,12 +62,19 @@ class DeviceRoom:
     def grow(self, s: SwapSequence, blocks: int, expected: int | None) -> list[int]:
         """Grow `s`'s table to `blocks`; ids of transfers that its writers must wait for.
 
-        Takes free blocks first, and for the rest those that swap-outs read.
+        What runs gets free blocks first, and for the rest those that swap-outs read. What arrives
+        gets both where no free group is large enough: its swap-in has fewer copies to make then,
+        and can wait better than a batch.
         """
-        size = len(s.table)
-        short = max(0, blocks - size - self._pool.free_blocks)
+        size, after = len(s.table), []
+        need, short = blocks - size, 0
+        if s.state in ON_DEVICE:
+            short = max(0, need - self._pool.free_blocks)
+        elif self._traffic.out and need > self._pool.groups().largest:
+            after = self._traffic.take_long_runs(s.id, need)
         self._pool.allocate(s.id, blocks - short, expected=expected)
-        after = self._traffic.take(s.id, short) if short else []
+        if short:
+            after = self._traffic.take(s.id, short)
         self._set_table(s)
         # Nobody needed these: no look at what was there before.
         self._needs[s.table[size:]] = 1

@@ -124,6 +124,22 @@ class Traffic:
             raise IntegrityError(f"{blocks} blocks promised to {sequence!r} are not to be had")
         return after
 
+    def take_long_runs(self, sequence: Hashable, blocks: int) -> list[int]:
+        """Give `sequence` up to `blocks` blocks, free ones too, in as long runs as can be.
+
+        Returns
+        -------
+        list of int
+            As for `take`.
+        """
+        leaving = [out.blocks[self._takeable(out)] for out in self.out.values()]
+        ids = self._device.longest_runs(blocks, np.concatenate(leaving))
+        self._device.attach(sequence, ids)
+        taken = ids[self._readers[ids] > 0]
+        self._taken[taken] = self._next_id
+        after: list[int] = np.unique(self._newest[taken]).tolist()
+        return after
+
     def _takeable(self, out: Outgoing) -> npt.NDArray[np.bool_]:
         # A block that several swap-outs read is given together with the newest: it ends last.
         only_read = self._device.references(out.blocks) == self._readers[out.blocks]

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 import numpy as np
 import numpy.typing as npt
 
+from kvswitch.blocks import Groups
 from kvswitch.errors import IntegrityError, OutOfBlocks
 from kvswitch.messages import BlockIds
 
@@ -81,6 +82,14 @@ class FreeListPool:
     def references(self, ids: BlockIds) -> npt.NDArray[np.int32]:
         counts: npt.NDArray[np.int32] = self._references[ids]
         return counts
+
+    def groups(self) -> Groups:
+        """One free group: any free block is as good as another."""
+        return Groups(free=1, largest=len(self._free), uncached=len(self._free), cached=0, tails=0)
+
+    def longest_runs(self, blocks: int, also: BlockIds) -> BlockIds:
+        """Free blocks first, then the others."""
+        return np.append(np.array(list(self._free), np.int32), also)[:blocks]
 
     def check_integrity(self) -> None:
         if sorted(self._free) != np.flatnonzero(self._references == 0).tolist():

@@ -82,7 +82,6 @@ def test_all_that_was_asked_for_is_served() -> None:
 # -- what the planner has to reach -----------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="swap-ins are cut up where blocks are still leaving", strict=True)
 def test_whole_contexts_come_in_and_go_out_in_long_runs() -> None:
     served = saturated()
     assert served.occupancy >= 0.9
@@ -120,14 +119,7 @@ def test_the_size_of_the_first_group_hardly_matters() -> None:
     ("workload", "count", "better", "worse"),
     [
         pytest.param(MANY_SHORT, 150, "sync", "async", id="many short"),
-        pytest.param(
-            FEW_LONG,
-            20,
-            "async",
-            "sync",
-            id="few long",
-            marks=pytest.mark.xfail(reason="takes swap-ins for further than they are", strict=True),
-        ),
+        pytest.param(FEW_LONG, 20, "async", "sync", id="few long"),
     ],
 )
 def test_adaptive_waiting_keeps_up_with_the_better_forced_mode(
