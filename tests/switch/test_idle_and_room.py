@@ -301,7 +301,7 @@ def test_a_forward_does_not_wait_for_what_has_ended_meanwhile(make: MakePlanner)
     assert planner.orders().wait == ()
 
 
-def blocks_of(runs: Runs) -> set[int]:
+def ids_in(runs: Runs) -> set[int]:
     """Blocks of runs given as (start, count)."""
     return {block for start, count in runs.tolist() for block in range(start, start + count)}
 
@@ -316,8 +316,8 @@ def test_a_swap_in_comes_after_the_swap_outs_whose_blocks_it_writes(make: MakePl
     planner.allocate("keeps running", 4)
     planner.resume("a")  # more blocks than are free
     *outs, into = planner.orders().transfers
-    written = blocks_of(into.runs[:, 1:])
-    assert into.after == tuple(out.id for out in outs if written & blocks_of(out.runs[:, ::2]))
+    written = ids_in(into.runs[:, 1:])
+    assert into.after == tuple(out.id for out in outs if written & ids_in(out.runs[:, ::2]))
     assert into.after
 
 
