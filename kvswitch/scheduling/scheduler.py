@@ -70,7 +70,9 @@ class PriorityScheduler:
         ignores it). Below `epoch`.
     headroom : int
         Blocks that stay free beside a sequence switched in and all above it, for the growth of
-        those that run. Nobody is preempted for it, and the highest of all does without.
+        those that run; half as many beside all that run, when somebody is switched in, so that
+        block groups stay large. Otherwise nobody is preempted for it, and the highest of all does
+        without.
 
     Raises
     ------
@@ -392,7 +394,7 @@ class PriorityScheduler:
         queues = self._queues
         order, running = queues.order()
         need = queues.blocks_needed[order]
-        margin = np.where(running, 0, self._headroom)
+        margin = np.where(running, self._headroom // 2, self._headroom)
         target = take_greedily(need, margin, capacity, self._slots)
         self._enough = enough_for_another(target, need, margin, self._slots)
 
@@ -400,16 +402,17 @@ class PriorityScheduler:
         outgoing = order[running & ~target][::-1]
         protected = queues.entered[outgoing] + self._quantum > self._iteration
         victims = outgoing[~protected]
+        reserve = max(0, min(self._headroom // 2, capacity - int(need[target].sum())))
         # While protected ones stay, the target may not fit. Its newcomers then come in from the
         # top, nobody from outside takes their place, and nobody leaves in vain.
         ins, outs = exchange(
             queues.blocks_needed[newcomers],
             queues.blocks_needed[victims],
-            room=capacity - queues.needed,
+            room=capacity - reserve - queues.needed,
             places=self._slots - queues.running,
         )
         self._dirty = bool(protected.any())
-        if not ins and not outs:
+        if not ins and (not outs or capacity >= queues.needed):
             return _NOTHING
 
         newcomers, victims = newcomers[:ins], victims[:outs]

@@ -82,7 +82,6 @@ def test_all_that_was_asked_for_is_served() -> None:
 # -- what the planner has to reach -----------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="what runs grows into the headroom; no switch restores it", strict=True)
 def test_whole_contexts_come_in_and_go_out_in_long_runs() -> None:
     served = saturated()
     assert served.occupancy >= 0.9

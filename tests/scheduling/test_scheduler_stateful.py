@@ -84,7 +84,8 @@ class Model:
         taken: list[Entry] = []
         used = 0
         for entry in self.order():
-            spare = self.headroom if taken and entry.state != State.RUNNING else 0
+            spare = self.headroom if entry.state != State.RUNNING else self.headroom // 2
+            spare = spare if taken else 0
             if len(taken) < self.slots and used + entry.need + spare <= capacity:
                 taken.append(entry)
                 used += entry.need
@@ -116,7 +117,11 @@ class Model:
             for entry in reversed(self.running())
             if entry not in target and self.iteration >= entry.entered + self.quantum
         ]
-        newcomers, victims = self.exchange(newcomers, victims, capacity)
+        # Half of the headroom is made free along with room for somebody, and not for its own sake.
+        reserve = max(0, min(self.headroom // 2, capacity - sum(e.need for e in target)))
+        newcomers, victims = self.exchange(newcomers, victims, capacity - reserve)
+        if not newcomers and sum(e.need for e in self.running()) <= capacity:
+            victims = []
         for entry in newcomers:
             entry.came_from, entry.state = entry.state, State.RUNNING
             entry.held, entry.entered = entry.need, self.iteration

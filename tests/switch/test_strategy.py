@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswitch.messages import Direction, Measurement
+from kvswitch.messages import Direction, Measurement, Observations
 from kvswitch.switch import Arrival, Strategy
 
 
@@ -100,3 +102,23 @@ def test_a_single_long_pause_does_not_look_like_a_long_iteration() -> None:
     for seconds in (0.1, 0.1, 0.1, 60.0, 0.1):
         strategy.observe([], seconds)
     assert strategy.step_seconds == 0.1
+
+
+def test_link_time_that_went_into_one_swap_in_is_no_progress_of_the_next(
+    make: Callable[..., Any],
+) -> None:
+    """A block takes a step. `b` waits in the link's queue until `a` has landed."""
+    planner = make(block_bytes=1)
+    planner.on_host("a", 12)
+    planner.on_host("b", 12)
+    planner.allocate("running", 4)
+    a_block = Measurement(Direction.IN, nbytes=1, seconds=1.0)
+    planner.observe(Observations(measurements=(a_block,), step_seconds=1.0))
+    a, b = (planner.resume(name).transfer for name in "ab")
+    assert [planner.orders().wait for _ in range(3)] == [(), (), ()]
+    planner.end(a)
+    assert planner.orders().wait == (), "all three blocks of b are still to come"
+    assert planner.orders().wait == ()
+    assert planner.orders().wait == ()
+    assert planner.orders().wait == (b,), "none is, as it seems"
+    planner.end(b)
