@@ -109,15 +109,12 @@ class Observations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Taken on one rank only (rank 0).
     step_seconds : float or None
         Duration of the last forward, without waiting for transfers.
-    batch : int
-        Number of sequences that ran in it.
     """
 
     completed: tuple[int, ...] = ()
     failed: tuple[int, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     step_seconds: float | None = None
-    batch: int = 0
 
 
 def _to_wire(value: Any) -> Any:

@@ -49,7 +49,6 @@ observations = st.builds(
         max_size=3,
     ).map(tuple),
     step_seconds=st.none() | seconds,
-    batch=st.integers(0, 10_000),
 )
 
 

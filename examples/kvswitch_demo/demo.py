@@ -150,6 +150,8 @@ def _serve_all(
                 on_tokens=lambda tokens, task=task: progress.advance(task, tokens),  # type: ignore[misc]
             )
             runs.append(result)
+            if not console.is_terminal:  # nobody sees a bar move there
+                console.print(f"  {mode}: {total:,} tokens in {result.seconds:.0f} s")
     return runs, switched
 
 

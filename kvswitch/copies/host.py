@@ -10,7 +10,8 @@ blocks. Its valid copies are always a prefix, so one token count says which they
 A swap-out sends only what lies behind the valid prefix; a swap-in leaves the copies where they are.
 When the host runs out, copies of others are *contaminated*: their blocks are taken, tail first, and
 their owner's valid prefix shrinks. Full copies may be *published* under a content key and *adopted*
-by other owners; one host block then serves several of them.
+by other owners; one host block then serves several of them. While a copy is still being written,
+its keys are *announced* and others *follow* its fill, so that what several share is sent once.
 
 Nothing here touches bytes: `Fill` and `Lease` name the host blocks that a transfer writes or reads
 and keep them out of the pool until the transfer has ended.
@@ -19,9 +20,11 @@ and keep them out of the pool until the transfer has ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import groupby
 
 import numpy as np
 
+from kvswitch.copies.keys import PendingKeys
 from kvswitch.copies.owners import Fill, Lease, Owner
 from kvswitch.copies.tables import HostTables
 from kvswitch.errors import (
@@ -79,6 +82,7 @@ class HostCopies:
         self._owners = self._tables.owners
         self._keys = self._tables.keys
         self.pool = self._tables.pool
+        self._pending = PendingKeys()
         self._held: set[Fill | Lease] = set()
 
     # -- questions -----------------------------------------------------------------------------
@@ -195,7 +199,8 @@ class HostCopies:
         if not len(fill.blocks):
             return
         self._held.remove(fill)
-        self.pool.release(fill.blocks)  # without keys: only what is committed can have one
+        self._pending.withdraw(fill)
+        self._tables.release(fill.blocks)
         entry = fill._owner
         if self._owners.get(entry.id) is not entry:
             return
@@ -220,6 +225,8 @@ class HostCopies:
             raise InvalidTransition(f"cannot truncate {owner!r} to {tokens} tokens")
         if entry := self._owners.get(owner):
             entry.limit(tokens)
+            for fill in entry.fills:
+                self._pending.withdraw(fill, tokens // self.block_tokens)
             self._trim(entry)
 
     def drop(self, owner: Hashable) -> None:
@@ -231,6 +238,8 @@ class HostCopies:
             There is no such owner.
         """
         entry = self._get(owner)
+        for fill in entry.fills:
+            self._pending.withdraw(fill)
         self._tables.cut(entry, 0)
         self._owners.remove(entry)
 
@@ -241,6 +250,7 @@ class HostCopies:
         counts for nothing.
         """
         self._keys.clear()
+        self._pending.clear()
         self.pool.forget_cached(np.arange(self.pool.num_blocks, dtype=np.int32))
         for entry in self._owners:
             self._tables.cut(entry, 0)
@@ -298,12 +308,59 @@ class HostCopies:
         blocks = np.array(self._keys.find(keys, have), np.int32)
         if not len(blocks):
             return entry.valid if entry else 0
-        entry = entry or self._owners.add(owner)
+        entry = self._extend(owner, have, blocks)
+        entry.valid = (have + len(blocks)) * self.block_tokens
+        return entry.valid
+
+    def announce(self, fill: Fill, keys: Sequence[Hashable]) -> None:
+        """Let others `follow` a pending fill of its own blocks.
+
+        No longer from where its owner is truncated, nor once it is dropped: the bytes may change
+        then, or not be sent.
+
+        Parameters
+        ----------
+        keys : sequence of Hashable
+            Keys of its owner's leading full blocks, from the first one on.
+        """
+        if fill in self._held:
+            self._pending.announce(fill, keys[fill.first : fill.tokens // self.block_tokens])
+
+    def follow(self, owner: Hashable, keys: Sequence[Hashable]) -> list[Fill]:
+        """Make `owner` an owner of copies that other owners' fills are about to write.
+
+        To be called after `adopt`, with the same keys; as there, nothing is found while a fill of
+        its own is pending, and full copies that it has already stay as they are.
+
+        Returns
+        -------
+        list of Fill
+            Each must be committed or aborted when its `source` is.
+        """
+        entry = self._owners.get(owner)
+        if entry and entry.fills:
+            return []
+        have = entry.valid // self.block_tokens if entry else 0
+        fills = []
+        for source, found in groupby(self._pending.find(keys, have)):
+            count = len(list(found))
+            blocks = source.blocks[have - source.first :][:count]
+            entry = self._extend(owner, have, blocks)
+            have += count
+            fill = Fill(entry, have - count, blocks, have * self.block_tokens, source=source)
+            self.pool.hold(blocks)
+            entry.fills.append(fill)
+            self._held.add(fill)
+            fills.append(fill)
+        return fills
+
+    def _extend(self, owner: Hashable, have: int, blocks: BlockIds) -> Owner:
+        """Put others' blocks in `owner`'s table, behind the `have` that stay."""
+        entry = self._owners.get(owner) or self._owners.add(owner)
         self._owners.touch(entry)
         self._tables.cut(entry, have)
         self._tables.attach(entry, blocks)
-        entry.valid = (have + len(blocks)) * self.block_tokens
-        return entry.valid
+        return entry
 
     # -- reading a copy --------------------------------------------------------------------------
 
@@ -361,6 +418,7 @@ class HostCopies:
     def check_integrity(self) -> None:
         """Raise IntegrityError if the books contradict themselves. Linear in the pool."""
         self._tables.check_integrity()
+        self._pending.check_integrity(self._held)
         references = np.zeros(self.pool.num_blocks, np.int32)
         for held in self._held:
             references[held.blocks] += 1

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from kvswitch.copies.owners import Fill
 from kvswitch.errors import IntegrityError
 from kvswitch.messages import BlockIds
 
-__all__ = ["ContentKeys"]
+__all__ = ["ContentKeys", "PendingKeys"]
 
 
 class ContentKeys:
@@ -85,3 +86,57 @@ class ContentKeys:
         named = np.flatnonzero(self._indices >= 0).tolist()
         if {self._key[block]: block for block in named} != self._block:
             raise IntegrityError("content keys and the blocks that they name disagree")
+
+
+class PendingKeys:
+    """Content keys of copies that are still being written: which fill brings what a key names."""
+
+    def __init__(self) -> None:
+        self._fills: dict[Hashable, tuple[Fill, int]] = {}
+        self._keys: dict[Fill, list[Hashable]] = {}
+
+    def announce(self, fill: Fill, keys: Sequence[Hashable]) -> None:
+        """Name the full blocks that `fill` will write: `keys` are those from its first block on."""
+        new = []
+        for index, key in enumerate(keys, fill.first):
+            if key not in self._fills:
+                self._fills[key] = fill, index
+                new.append(key)
+        if new:
+            self._keys[fill] = new
+
+    def find(self, keys: Sequence[Hashable], first: int) -> list[Fill]:
+        """Fills that bring `keys[first:]`, one a key, up to the first that none brings there."""
+        fills = []
+        for index in range(first, len(keys)):
+            fill, place = self._fills.get(keys[index], (None, -1))
+            if fill is None or place != index:
+                break
+            fills.append(fill)
+        return fills
+
+    def withdraw(self, fill: Fill, first: int = 0) -> None:
+        """Let nobody follow `fill` from its owner's block `first` on."""
+        if fill not in self._keys:
+            return
+        kept = []
+        for key in self._keys.pop(fill):
+            if self._fills[key][1] < first:
+                kept.append(key)
+            else:
+                del self._fills[key]
+        if kept:
+            self._keys[fill] = kept
+
+    def clear(self) -> None:
+        """Let nobody follow any fill."""
+        self._fills.clear()
+        self._keys.clear()
+
+    def check_integrity(self, pending: Collection[object]) -> None:
+        """Raise IntegrityError unless each key is that of a pending fill, and noted there."""
+        noted = {key: fill for fill, keys in self._keys.items() for key in keys}
+        if noted != {key: fill for key, (fill, _) in self._fills.items()}:
+            raise IntegrityError("keys of pending copies and the fills that bring them disagree")
+        if any(fill not in pending for fill in self._keys):
+            raise IntegrityError("a key waits for a fill that has ended")

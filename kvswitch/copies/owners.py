@@ -32,6 +32,8 @@ class Fill:
         could not hold all; lowered by a truncation meanwhile.
     committed : bool
         Whether it has ended well.
+    source : Fill or None
+        The fill of another owner that writes these blocks, if this one only follows it.
     """
 
     _owner: Owner
@@ -39,6 +41,7 @@ class Fill:
     blocks: BlockIds
     tokens: int
     committed: bool = False
+    source: Fill | None = None
     _ended: bool = False
 
 

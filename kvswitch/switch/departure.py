@@ -93,7 +93,11 @@ class Departures:
         copies = self._copies
         known = s.id in copies
         if s.keys:
-            copies.adopt(s.id, s.keys[: tokens // copies.block_tokens])
+            # What others of the same content have sent, or are sending, need not be sent again.
+            keys = s.keys[: tokens // copies.block_tokens]
+            copies.adopt(s.id, keys)
+            for followed in copies.follow(s.id, keys):
+                self._traffic.follow(s, followed)
         # Copies of what lies behind `tokens` cover nothing; they are cut when `s` has left.
         covered = min(copies.covered(s.id), tokens)
         if tokens == covered:
@@ -110,6 +114,7 @@ class Departures:
 
     def _send(self, s: SwapSequence, fill: Fill, blocks: BlockIds) -> None:
         transfer = self._traffic.send(s, fill, blocks).transfer
+        self._copies.announce(fill, s.keys)
         if fill.first:
             self._stats.blocks_out_incremental += len(blocks)
             self._stats.copies_out_incremental += len(transfer.runs)
@@ -119,16 +124,21 @@ class Departures:
 
     def end_out(self, transfer: int, *, ok: bool) -> None:
         """Take note that a swap-out has ended."""
-        out = self._traffic.end_out(transfer)
-        s, fill = out.sequence, out.fill
+        leader = self._traffic.end_out(transfer)
+        outs = (leader, *leader.followers)
+        if not ok and any(out.sequence in self._sequences for out in outs):
+            self._stats.transfers_failed += 1
+        for out in outs:
+            self._settle(out.sequence, out.fill, ok=ok)
+
+    def _settle(self, s: SwapSequence, fill: Fill, *, ok: bool) -> None:
+        """Count what has been written for `s`, or not."""
         if ok:
             self._copies.commit(fill)
         else:
             self._copies.abort(fill)
         if s not in self._sequences:
             return
-        if not ok:
-            self._stats.transfers_failed += 1
         self.publish(s, fill.first)
         if s.state is SequenceState.LEAVING and not s.outgoing:
             self._sequences.move(s, SequenceState.HOST)

@@ -307,7 +307,7 @@ class SwapManager:
         """Forget `sequence`: its device blocks and host copies go, its transfers are cancelled."""
         s = self._sequences.get(sequence)
         for out in s.outgoing:
-            self._traffic.cancel(out.transfer)
+            self._traffic.abandon(out)
         if s.incoming is not None:
             self._traffic.cancel(s.incoming.transfer)
             s.incoming = None

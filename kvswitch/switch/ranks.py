@@ -11,9 +11,8 @@ __all__ = ["RankReports"]
 class RankReports:
     """Merges the `Observations` of all workers into the one that the planner is given.
 
-    A transfer ends when every rank has reported it, and has failed if it failed on any. Times and
-    the batch are those of rank 0, so that all planners that are fed with the same reports decide
-    alike.
+    A transfer ends when every rank has reported it, and has failed if it failed on any. Times
+    are those of rank 0, so that all planners that are fed with the same reports decide alike.
 
     Parameters
     ----------
@@ -34,7 +33,6 @@ class RankReports:
         self._ended: list[int] = []
         self._measurements: list[Measurement] = []
         self._step_seconds: float | None = None
-        self._batch = 0
 
     def add(self, rank: int, report: Observations) -> None:
         """Take in what one worker has seen since its last report.
@@ -62,7 +60,6 @@ class RankReports:
         if rank == 0:
             self._measurements += report.measurements
             self._step_seconds = report.step_seconds
-            self._batch = report.batch
 
     def merged(self) -> Observations:
         """What has ended on all ranks since the last call."""
@@ -72,9 +69,8 @@ class RankReports:
             tuple(sorted(failed)),
             tuple(self._measurements),
             self._step_seconds,
-            self._batch,
         )
         self._failed -= failed
         self._ended, self._measurements = [], []
-        self._step_seconds, self._batch = None, 0
+        self._step_seconds = None
         return merged

@@ -89,12 +89,20 @@ class SwapSequence:
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """A swap-out under way, and the device blocks it reads, which it holds until it has ended."""
+    """A swap-out under way, and the device blocks it reads, which it holds until it has ended.
+
+    Attributes
+    ----------
+    followers : list of Outgoing
+        Other sequences that have left with the same content: a part of this transfer is theirs,
+        too. They hold nothing, and have no followers.
+    """
 
     transfer: Transfer
     sequence: SwapSequence
     fill: Fill
     blocks: BlockIds
+    followers: list[Outgoing] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)

@@ -77,12 +77,27 @@ class Traffic:
         self._newest[blocks] = transfer.id
         return out
 
+    def follow(self, s: SwapSequence, fill: Fill) -> None:
+        """Let `s`'s `fill` be a part of the swap-out that it follows."""
+        leader = next(out for out in self.out.values() if out.fill is fill.source)
+        first = fill.first - leader.fill.first
+        blocks = leader.blocks[first : first + len(fill.blocks)]
+        follower = Outgoing(leader.transfer, s, fill, blocks)
+        leader.followers.append(follower)
+        s.outgoing.append(follower)
+
+    def abandon(self, out: Outgoing) -> None:
+        """`out`'s sequence does not want its bytes any more; cancelled if nobody else does."""
+        if self._leads(out) and not out.followers:
+            self.cancel(out.transfer)
+
     def end_out(self, transfer: int) -> Outgoing:
         """Forget an ended swap-out and release its blocks."""
         out = self.out.pop(transfer)
         self._readers[out.blocks] -= 1
         self._device.release(out.blocks)
-        out.sequence.outgoing.remove(out)
+        for each in (out, *out.followers):
+            each.sequence.outgoing.remove(each)
         return out
 
     def begin_in(self, incoming: Incoming) -> None:
@@ -164,9 +179,18 @@ class Traffic:
 
     def shared(self, s: SwapSequence, block: int) -> bool:
         """Whether somebody else than `s` and its transfers uses a block."""
-        own = (block in s.table) + sum(block in out.blocks for out in s.outgoing)
+        own = (block in s.table) + sum(
+            self._leads(out)
+            and block in out.blocks
+            and not any(block in follower.blocks for follower in out.followers)
+            for out in s.outgoing
+        )
         own += s.incoming is not None and block in s.incoming.blocks
         return int(self._device.references(np.array([block], np.int32))[0]) > own
+
+    def _leads(self, out: Outgoing) -> bool:
+        """Whether it holds the transfer's blocks; it follows one that does otherwise."""
+        return self.out[out.transfer.id] is out
 
     # -- bookkeeping -----------------------------------------------------------------------------
 

@@ -89,11 +89,11 @@ class SwapWorker:
         self._wait.clear()
         return perf_counter() - started
 
-    def report(self, *, step_seconds: float | None = None, batch: int = 0) -> Observations:
-        """What has ended since the last report; parameters as in `Observations`."""
+    def report(self, *, step_seconds: float | None = None) -> Observations:
+        """What has ended since the last report; `step_seconds` as in `Observations`."""
         ended = self._engine.poll()
         if not ended and not self._refused:
-            return Observations(step_seconds=step_seconds, batch=batch)
+            return Observations(step_seconds=step_seconds)
         completed: list[int] = []
         measurements: list[Measurement] = []
         failed, self._refused = self._refused, []
@@ -105,6 +105,4 @@ class SwapWorker:
                 failed.append(ticket.id)
             if self._on_ended is not None:
                 self._on_ended(ticket)
-        return Observations(
-            tuple(completed), tuple(failed), tuple(measurements), step_seconds, batch
-        )
+        return Observations(tuple(completed), tuple(failed), tuple(measurements), step_seconds)

@@ -60,6 +60,11 @@ class _CpuEvent:
         return self.point is None or self.point.reached.wait(timeout)
 
 
+def _sleep_until(moment: float) -> None:
+    if (left := moment - time.perf_counter()) > 0:
+        time.sleep(left)
+
+
 def _own(event: Event) -> _CpuEvent:
     if not isinstance(event, _CpuEvent):
         raise TransferError(f"{event!r} is no event of the CPU backend: use its event() or fence()")
@@ -77,6 +82,7 @@ class _CpuQueue:
     def __init__(self, name: str, bandwidth: float | None) -> None:
         self._bandwidth: Final = bandwidth
         self._clock = 0.0  # when the link has moved all it was given, at `bandwidth`
+        self._speed = 0.0  # bytes per second of the last window's own copying
         self._gil_busy_until = 0.0
         self._work: Final[deque[_Window | _Point | threading.Event | None]] = deque()
         self._changed: Final = threading.Condition()
@@ -149,15 +155,24 @@ class _CpuQueue:
             self._work.popleft()
 
     def _copy(self, window: _Window) -> None:
-        pieces = window.pieces
-        if self._bandwidth is not None:
-            # A transfer's first window starts the clock; later ones go on from where it stands, so
-            # that a sleep that takes too long is made up for.
-            if window.first:
-                self._clock = time.perf_counter()
-            self._clock += pieces.nbytes / self._bandwidth
-            time.sleep(max(0.0, self._clock - time.perf_counter()))
-        # Bytes land when their time is over, not before: who reads too early finds the old ones.
+        if self._bandwidth is None:
+            self._move(window.pieces)
+            return
+        # A transfer's first window starts the clock; later ones go on from where it stands, so
+        # that a sleep that takes too long is made up for.
+        if window.first:
+            self._clock = time.perf_counter()
+        self._clock += window.pieces.nbytes / self._bandwidth
+        # Bytes land at the end of their time, not before: who reads too early finds the old ones.
+        # The copying itself is a part of that time, as long as it took when last measured.
+        copying = window.pieces.nbytes / self._speed if self._speed else 0.0
+        _sleep_until(self._clock - copying)
+        begun = time.perf_counter()
+        self._move(window.pieces)
+        self._speed = window.pieces.nbytes / max(time.perf_counter() - begun, 1e-9)
+        _sleep_until(self._clock)
+
+    def _move(self, pieces: Pieces) -> None:
         if not pieces.move(one_by_one=time.perf_counter() > self._gil_busy_until):
             self._gil_busy_until = time.perf_counter() + _BACK_OFF
 

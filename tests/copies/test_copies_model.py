@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from itertools import count, islice, takewhile
+from dataclasses import dataclass, field
+from itertools import count, groupby, islice, takewhile
 from operator import eq
 from typing import TypeAlias
 
@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 from kvswitch.blocks import BlockGroupPool
 from kvswitch.copies import Fill, HostCopies, Lease
-from kvswitch.copies.keys import ContentKeys
+from kvswitch.copies.keys import ContentKeys, PendingKeys
 from kvswitch.copies.owners import Owner, Owners
 from kvswitch.errors import HostMemoryExhausted, InvalidTransition, OutOfBlocks
 from kvswitch.messages import BlockIds
@@ -69,6 +69,7 @@ class Pending:
     name: str
     fill: Fill
     brings: list[tuple[object, ...]]
+    followers: list[Pending] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -97,6 +98,7 @@ class CopiesMachine(RuleBasedStateMachine):
         self.pending: list[Pending] = []
         self.reading: list[Reading] = []
         self.keys: dict[Key, int] = {}  # published: key -> block
+        self.announced: dict[Key, tuple[Pending, int]] = {}  # which will be the how-many-eth block
         self.fresh = count()
         self.clock = count(1)
         self.weights = 0
@@ -252,10 +254,14 @@ class CopiesMachine(RuleBasedStateMachine):
     @rule(data=st.data(), ok=BOOLEANS)
     def end(self, data: st.DataObject, ok: bool) -> None:
         """Transfers end in any order: one that was not dispatched can be cancelled at once."""
-        self._end(data.draw(st.sampled_from(self.pending)), ok)
+        own = [pending for pending in self.pending if pending.fill.source is None]
+        pending = data.draw(st.sampled_from(own))
+        for each in data.draw(st.permutations([pending, *pending.followers])):
+            self._end(each, ok)
 
     def _end(self, pending: Pending, ok: bool) -> None:
         self.pending.remove(pending)
+        self._withdraw(lambda of, _: of is pending)
         for block, content in zip(pending.fill.blocks.tolist(), pending.brings, strict=True):
             self.content[block] = content if ok else GARBAGE
         (self.copies.commit if ok else self.copies.abort)(pending.fill)
@@ -273,6 +279,7 @@ class CopiesMachine(RuleBasedStateMachine):
         kept = int(share * len(tokens))
         self.copies.truncate(name, kept)
         del tokens[kept:]
+        self._withdraw(lambda of, index: of.name == name and index >= kept // BLOCK_TOKENS)
 
     @owned
     @rule(data=st.data())
@@ -282,6 +289,7 @@ class CopiesMachine(RuleBasedStateMachine):
     def _drop(self, name: str) -> None:
         self.copies.drop(name)
         del self.owners[name]
+        self._withdraw(lambda of, _: of.name == name)
         for pending in self.pending:
             if pending.name == name:
                 pending.name = "gone"
@@ -293,6 +301,7 @@ class CopiesMachine(RuleBasedStateMachine):
             self.copies.invalidate_all()
             self.weights += 1
             self.keys.clear()
+            self.announced.clear()
 
     # -- content keys ------------------------------------------------------------------------
 
@@ -339,6 +348,65 @@ class CopiesMachine(RuleBasedStateMachine):
         assert self.copies.adopt(name, keys) == (have + len(found)) * BLOCK_TOKENS
         assert self.table(name) == kept + [self.keys[key] for key in found]
         self.owners[name].used = next(self.clock)
+
+    # -- copies that are still being written -------------------------------------------------
+
+    @precondition(lambda self: self.pending)
+    @rule(data=st.data())
+    def announce(self, data: st.DataObject) -> None:
+        pending = data.draw(st.sampled_from(self.pending))
+        if pending.fill.source is not None or pending.name == "gone":
+            return
+        keys = self.keys_of(pending.name)
+        self.copies.announce(pending.fill, keys)
+        last = pending.fill.tokens // BLOCK_TOKENS
+        for index, key in list(enumerate(keys))[pending.fill.first : last]:
+            self.announced.setdefault(key, (pending, index))
+
+    @precondition(lambda self: self.announced)
+    @rule(name=NAMES, data=st.data(), more=LENGTHS)
+    def join(self, name: str, data: st.DataObject, more: int) -> None:
+        """A new owner whose tokens begin like some that are being written."""
+        known = data.draw(st.sampled_from(sorted(self.announced)))
+        if name in self.owners:
+            self._drop(name)
+        self._set_priority(name, 1)
+        self.owners[name].tokens = [*known, *islice(self.fresh, more)]
+        self._adopt(name)
+        self._follow(name)
+
+    @owned
+    @rule(data=st.data())
+    def follow(self, data: st.DataObject) -> None:
+        self._follow(self.any_owner(data))
+
+    def _follow(self, name: str) -> None:
+        keys, before = self.keys_of(name), self.table(name)
+        have = self.copies.valid(name) // BLOCK_TOKENS
+        found = list(takewhile(self.announced.__contains__, keys[have:]))
+        if not found or any(pending.name == name for pending in self.pending):
+            assert self.copies.follow(name, keys) == []
+            assert self.table(name) == before
+            return
+        expected, first = [], have
+        for leader, of in groupby(self.announced[key][0] for key in found):
+            size, start = len(list(of)), first - leader.fill.first
+            expected.append((leader, first, leader.fill.blocks.tolist()[start : start + size]))
+            first += size
+        fills = self.copies.follow(name, keys)
+        assert [(fill.source, fill.first, fill.blocks.tolist()) for fill in fills] == [
+            (leader.fill, first, blocks) for leader, first, blocks in expected
+        ]
+        assert self.table(name) == before[:have] + [b for *_, blocks in expected for b in blocks]
+        for fill, (leader, _, blocks) in zip(fills, expected, strict=True):
+            start = fill.first - leader.fill.first
+            brings = leader.brings[start : start + len(blocks)]
+            leader.followers.append(Pending(name, fill, brings))
+            self.pending.append(leader.followers[-1])
+        self.owners[name].used = next(self.clock)
+
+    def _withdraw(self, gone: Callable[[Pending, int], bool]) -> None:
+        self.announced = {key: of for key, of in self.announced.items() if not gone(*of)}
 
     # -- swap-ins ----------------------------------------------------------------------------
 
@@ -465,6 +533,10 @@ def keep_keys(keys: ContentKeys, blocks: BlockIds) -> None:
     """Content that is being overwritten can still be found."""
 
 
+def announce_for_ever(pending: PendingKeys, fill: Fill, first: int = 0) -> None:
+    """What has ended, or may change, can still be followed."""
+
+
 def keep_validity(owner: Owner, tokens: int) -> None:
     """What is truncated, overwritten or taken stays valid."""
 
@@ -473,6 +545,7 @@ def keep_validity(owner: Owner, tokens: int) -> None:
     ("kind", "name", "broken"),
     [
         (BlockGroupPool, "references", overwrite_what_is_leased),
+        (PendingKeys, "withdraw", announce_for_ever),
         (Owner, "settle", count_what_is_built_on_nothing),
         (Owner, "covered", promise_what_is_built_on_nothing),
         (Owner, "limit", keep_validity),

@@ -41,6 +41,95 @@ def test_shared_blocks_go_out_once(make: MakePlanner) -> None:
     assert planner.resume("b").tokens == 20
 
 
+def leave_together(planner: Any) -> Transfer:
+    """`a` and `b` share 16 tokens and leave in one step; the transfer that both wait for."""
+    planner.allocate("a", 16)
+    planner.fork("a", "b", 16)
+    planner.allocate("b", 20)
+    planner.preempt("a")
+    planner.preempt("b")
+    both, rest = planner.orders().transfers
+    assert blocks_of(both, rest) == [4, 1]
+    return both
+
+
+def test_shared_blocks_go_out_once_even_if_all_leave_at_once(make: MakePlanner) -> None:
+    planner = make()
+    leave_together(planner)
+    assert planner.state("b") is LEAVING
+    planner.end_all()
+    assert planner.copies.pool.free_blocks == 60 - 5
+    assert planner.device.free_blocks == 12
+    assert planner.resume("a").tokens == 16
+    assert planner.resume("b").tokens == 20
+    assert planner.stats().blocks_spared == 4
+
+
+def test_who_follows_a_transfer_comes_back_with_its_blocks(make: MakePlanner) -> None:
+    planner = make()
+    leave_together(planner)
+    assert planner.resume("b") == Resumption(20, None), "all of it is still there"
+    assert planner.resume("a") == Resumption(16, None)
+    assert planner.table("a").tolist() == planner.table("b").tolist()[:4]
+    planner.end_all()
+
+
+def test_a_transfer_that_somebody_follows_is_not_cancelled(make: MakePlanner) -> None:
+    planner = make()
+    both = leave_together(planner)
+    planner.free("a")
+    assert planner.orders().cancel == ()
+    planner.end(both.id)
+    planner.end_all()
+    assert planner.resume("b").tokens == 20
+
+
+def test_who_follows_a_transfer_may_go(make: MakePlanner) -> None:
+    planner = make()
+    both = leave_together(planner)
+    planner.free("b")
+    planner.end(both.id)
+    planner.end_all()
+    assert planner.resume("a").tokens == 16
+
+
+def test_a_failure_costs_all_who_follow_their_share(make: MakePlanner) -> None:
+    planner = make()
+    both = leave_together(planner)
+    planner.fail(both.id)
+    planner.end_all()
+    assert planner.stats().transfers_failed == 1
+    assert planner.resume("a").tokens == 0
+    assert planner.resume("b").tokens == 0, "its own block is of no use without those before"
+
+
+def test_what_may_change_is_not_followed(make: MakePlanner) -> None:
+    planner = make()
+    planner.allocate("a", 16)
+    planner.tag("a", ["w", "x", "y", "z"])
+    planner.preempt("a")
+    planner.resume("a", 10)
+    planner.allocate("a", 16)
+    planner.allocate("b", 16)
+    planner.tag("b", ["w", "x", "y", "z"])
+    planner.preempt("b")
+    first, second = planner.orders().transfers
+    assert blocks_of(first, second) == [4, 2], "a writes its third and fourth block again"
+    planner.end_all()
+
+
+def test_what_others_follow_is_not_written(make: MakePlanner) -> None:
+    planner = make()
+    leave_together(planner)
+    assert planner.resume("a", 14).tokens == 14
+    a = planner.table("a").tolist()
+    planner.resume("b")
+    b = planner.table("b").tolist()
+    assert a[:3] == b[:3]
+    assert a[3] != b[3]
+    planner.end_all()
+
+
 def test_a_shared_block_is_never_cut_into(make: MakePlanner) -> None:
     planner = make()
     planner.allocate("a", 16)

@@ -351,7 +351,8 @@ class Model:
         to_be_had = (free | read | tables[IDLE]) - tables[RUNNING] - tables[ARRIVING] - written
         assert planner.available_blocks(headroom=False) == len(to_be_had)
         assert planner.available_blocks() == max(0, len(to_be_had) - 1)
-        assert planner.copies.num_leases() == len(traffic.out) + len(traffic.into)
+        followers = sum(len(out.followers) for out in traffic.out.values())
+        assert planner.copies.num_leases() == len(traffic.out) + followers + len(traffic.into)
         planned = {transfer.id for transfer in traffic._planned}
         unreported = {*memories.completed, *memories.failed}
         assert set(planner.under_way) == memories.under_way() | unreported | planned

@@ -54,10 +54,10 @@ def test_a_transfer_that_failed_on_any_rank_has_failed_when_it_has_ended_on_all(
 def test_times_are_those_of_rank_0() -> None:
     reports = RankReports(2)
     fast, slow = Measurement(Direction.IN, 100, 0.1), Measurement(Direction.IN, 100, 0.9)
-    reports.add(1, Observations(measurements=(slow,), step_seconds=2.0, batch=7))
+    reports.add(1, Observations(measurements=(slow,), step_seconds=2.0))
     assert reports.merged() == Observations()
-    reports.add(0, Observations(measurements=(fast,), step_seconds=1.0, batch=3))
-    assert reports.merged() == Observations((), (), (fast,), 1.0, 3)
+    reports.add(0, Observations(measurements=(fast,), step_seconds=1.0))
+    assert reports.merged() == Observations((), (), (fast,), 1.0)
     assert reports.merged() == Observations()
 
 
