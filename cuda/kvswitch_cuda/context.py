@@ -139,19 +139,20 @@ class Clock:
     _RENEW: Final = 10.0  # seconds
 
     def __init__(self, context: Context, stream: int) -> None:
+        self._context: Final = context
         driver = context.driver
         self.reference: Final = context.take_event()
         narrowest = float("inf")
         for _ in range(3):  # whoever was interrupted meanwhile tries again
             begin = time.perf_counter()
-            driver.record(self.reference, stream)
-            driver.synchronize(self.reference)
+            code = driver.record(self.reference, stream) or driver.synchronize(self.reference)
+            if code:
+                raise driver.error("reading the device's clock", code)
             end = time.perf_counter()
             narrowest = min(narrowest, end - begin)
             self.time = (begin + end) / 2
             if narrowest < 1e-4:
                 break
-        self._context: Final = context
 
     @property
     def old(self) -> bool:
@@ -159,7 +160,8 @@ class Clock:
         return time.perf_counter() - self.time > self._RENEW
 
     def __del__(self) -> None:
-        self._context.return_event(self.reference)
+        if hasattr(self, "reference"):
+            self._context.return_event(self.reference)
 
 
 class CudaEvent:

@@ -50,8 +50,15 @@ class CudaQueue:
         self._dispatch: Final = make_dispatch(context.driver)
         self._way: Final = way
         self._choices: Final = choices
-        self._streams: Final = [context.open_stream() for _ in range(1 + paced)]
-        self._paces: Final = [CudaEvent(context) for _ in self._streams]
+        self._streams: Final[list[int]] = []
+        self._paces: Final[list[CudaEvent]] = []
+        try:
+            for _ in range(1 + paced):
+                self._streams.append(context.open_stream())
+                self._paces.append(CudaEvent(context))
+        except BaseException:
+            self._release()
+            raise
         self._thread = 0
         self._closed = False
         self._clock: Clock | None = None
@@ -123,10 +130,13 @@ class CudaQueue:
         """Finish what was given, and free the streams. May be called again."""
         if not self._closed:
             self._closed = True
-            for stream in self._streams:
-                self._context.close_stream(stream)
-            self._paces.clear()
+            self._release()
             self._clock = self._last = None
+
+    def _release(self) -> None:
+        for stream in self._streams:
+            self._context.close_stream(stream)
+        self._paces.clear()
 
     def _enter(self) -> None:
         """Prepare the calling thread, once."""
