@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-demo bench bench-serving test test-all lint format clean
+.PHONY: help demo bench-demo bench bench-serving test test-all gpu-test gpu-bench lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,16 @@ test: lint ## Style, types, and all tests but the slow ones
 
 test-all: lint ## The slow ones too: soaks, full matrices
 	$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+# On a machine with a GPU, with the Python that has PyTorch for it; docs/cuda.md says what it needs.
+GPU_PYTHON ?= python3
+gpu-test gpu-bench: export PYTHONPATH := .:cuda:examples
+
+gpu-test: ## What needs a GPU: conformance of the CUDA backend, the model in CUDA graphs
+	$(GPU_PYTHON) -m pytest -m gpu tests/transfer/test_backend.py tests/cuda tests/demo/test_graphs.py $(ARGS)
+
+gpu-bench: ## Copies beside the link's limit, in ten minutes; docs/benchmarks/cuda.json and plots
+	$(GPU_PYTHON) tests/benchmarks/cuda_bench.py $(ARGS)
 
 clean: ## Remove environments and reports
 	rm -rf .venv demo-report bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

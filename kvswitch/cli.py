@@ -10,7 +10,10 @@ from kvswitch.errors import KVSwitchError
 __all__ = ["main"]
 
 # Subcommand -> (module with a click command of that name, extra that brings what it needs).
-_COMMANDS = {"demo": ("kvswitch_demo.demo", "demo")}
+_COMMANDS = {
+    "calibrate": ("kvswitch_cuda.command", "cuda,report"),
+    "demo": ("kvswitch_demo.demo", "demo"),
+}
 
 
 def main() -> None:

@@ -45,7 +45,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Whether a batch waits for swap-ins: decided anew each iteration, never, always; "serial"
         waits for swap-outs too.
     window : str or int
-        Bytes that may be queued on the copy engine at once and direction (dispatch window).
+        Bytes of a dispatch window: how many may be queued on the copy engine at once, for each
+        direction. "auto": what suits the backend's link.
     preemption : {"switch", "recompute"}
         "recompute" sends nothing: what leaves the device is recomputed. For comparison.
     first_group : int
@@ -59,7 +60,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     host_memory: str | int = "4GiB"
     backend: str = "auto"
     strategy: StrategyName = "adaptive"
-    window: str | int = "8MiB"
+    window: str | int = "auto"
     preemption: Literal["switch", "recompute"] = "switch"
     first_group: int = 60
     headroom: float = 0.06
@@ -70,7 +71,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             _check(setting, getattr(self, setting.name))
         if self.host_bytes < 1:
             raise ConfigError("host_memory must be more than 0: without it nothing can be kept")
-        if self.window_bytes < 4096:
+        if self.window_bytes is not None and self.window_bytes < 4096:
             raise ConfigError(f"window must be at least 4KiB, got {self.window!r}")
         if self.first_group < 1:
             raise ConfigError(f"first_group must be at least 1 block, got {self.first_group}")
@@ -83,9 +84,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return parse_bytes(self.host_memory, "host_memory")
 
     @property
-    def window_bytes(self) -> int:
-        """`window` in bytes."""
-        return parse_bytes(self.window, "window")
+    def window_bytes(self) -> int | None:
+        """`window` in bytes; None for "auto"."""
+        return None if self.window == "auto" else parse_bytes(self.window, "window")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Config:

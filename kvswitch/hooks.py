@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvswitch.scheduling import PriorityPolicy
     from kvswitch.switch.facade import KVSwitch
     from kvswitch.switch.manager import Resumption
-    from kvswitch.transfer import Backend, Ticket
+    from kvswitch.transfer import Backend, Layout, Ticket
 
 __all__ = ["hookimpl", "hookspec", "make_policy", "make_registered", "plugin_manager"]
 
@@ -68,8 +68,8 @@ class HookSpec(Protocol):
         """Observe: host copies of `sequence` were contaminated; `tokens` are still valid."""
 
     @hookspec
-    def kvswitch_backends(self) -> Mapping[str, Callable[[], Backend]]:
-        """Register copy backends by name (setting ``backend``)."""
+    def kvswitch_backends(self, layout: Layout) -> Mapping[str, Callable[[], Backend]]:
+        """Register copy backends by name (setting ``backend``) for a KV cache of that layout."""
 
     @hookspec
     def kvswitch_policies(self) -> Mapping[str, Callable[..., PriorityPolicy]]:

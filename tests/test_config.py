@@ -14,7 +14,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     config = Config()
     assert (config.first_group, config.headroom, config.reuse) == (60, 0.06, True)
     assert (config.strategy, config.preemption, config.backend) == ("adaptive", "switch", "auto")
-    assert (config.host_bytes, config.window_bytes) == (4 * 2**30, 8 * 2**20)
+    assert (config.host_bytes, config.window_bytes) == (4 * 2**30, None)
 
 
 def test_settings_come_from_a_mapping_as_well() -> None:

@@ -56,7 +56,12 @@ _FULL = {"count": 200}
 @click.option("--model", type=click.Path(path_type=Path), help="GGUF file of a Llama model.")
 @click.option("--workload", "workload_file", type=click.Path(path_type=Path), help="Workload file.")
 @click.option("--lengths", type=click.Path(path_type=Path), help="CSV of conversation lengths.")
-@click.option("--device", default="cpu", show_default=True, help="PyTorch device of the model.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="PyTorch device of the model; auto: CUDA where there is one, else the CPU.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -95,6 +100,8 @@ def demo(
     threads = max(1, len(os.sched_getaffinity(0)) - 1)
     torch.set_num_threads(threads)
     tokenizer = Tokenizer(model)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     llama = load_model(model, device=device)
     demo_lengths = load_lengths(lengths)
     output.mkdir(parents=True, exist_ok=True)
@@ -105,10 +112,11 @@ def demo(
         scripts = paired.scripts(demo_lengths, PromptText(tokenizer, paired.seed))
         provenance = Provenance.here(
             command=shlex.join(["kvswitch", *sys.argv[1:]]),
+            device=llama.device,
             seed=paired.seed,
             workload=msgspec.to_builtins(paired),
         )
-        _print_workload(console, paired, scripts, threads)
+        _print_workload(console, paired, scripts, threads, provenance.machine.gpu)
         runs, switched = _serve_all(console, llama, tokenizer, paired, scripts, modes or MODES)
         identity = compare_tokens(runs)
         print_table(console, runs, identity)
@@ -169,14 +177,14 @@ def _write(
 
 
 def _print_workload(
-    console: Console, workload: Workload, scripts: Conversations, threads: int
+    console: Console, workload: Workload, scripts: Conversations, threads: int, gpu: str
 ) -> None:
     turns = sum(len(script.prompts) for script in scripts)
     blocks = workload.device_blocks(scripts)
     console.print(
         f"{len(scripts)} conversations, {turns} turns, {sum(s.tokens for s in scripts):,} tokens; "
         f"device KV memory {blocks} blocks of {workload.engine.block_tokens} tokens; "
-        f"{threads} compute thread{'s' * (threads > 1)}"
+        + (gpu or f"{threads} compute thread{'s' * (threads > 1)}")
     )
     for section in ("conversations", "priorities", "engine"):
         values = msgspec.to_builtins(getattr(workload, section))

@@ -39,7 +39,16 @@ from torch import Tensor
 from kvswitch.errors import ConfigError
 from kvswitch.messages import BlockIds
 
-__all__ = ["Chunk", "LayerWeights", "Llama", "LlamaConfig", "Weights"]
+__all__ = [
+    "Chunk",
+    "Layer",
+    "LayerWeights",
+    "Llama",
+    "LlamaConfig",
+    "Weights",
+    "check_chunk",
+    "norm",
+]
 
 TILE = 64  # positions whose attention spans the same keys
 LINEAR_ROWS = 8  # rows of a linear layer's input come in multiples of this
@@ -172,11 +181,11 @@ class Llama:
         self.config = config
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
-        self._embedding = weights.embedding
-        self._layers = [_Layer(config, layer) for layer in weights.layers]
-        self._output_norm = weights.output_norm
-        self._output = _linear(weights.embedding if weights.output is None else weights.output)
-        self._rotation = _rotations(config).to(self.device)
+        self.embedding = weights.embedding
+        self.layers = [Layer(config, layer) for layer in weights.layers]
+        self.output_norm = weights.output_norm
+        self.output = _linear(weights.embedding if weights.output is None else weights.output)
+        self.rotation = _rotations(config).to(self.device)
         self._mask = _causal_mask(config).to(self.device, self.dtype)
 
     def new_cache(self, num_blocks: int, block_tokens: int) -> Tensor:
@@ -219,33 +228,29 @@ class Llama:
             too short for it. The cache is as it was.
         """
         batch = _Batch(self, chunks, cache)
-        x = F.embedding(batch.tokens, self._embedding)
-        for layer, pages in zip(self._layers, cache.unbind(1), strict=True):
+        x = F.embedding(batch.tokens, self.embedding)
+        for layer, pages in zip(self.layers, cache.unbind(1), strict=True):
             x = x + layer.attention(x, pages, batch)
             x = x + layer.ffn(x)
-        logits = self._output(_norm(x[batch.last], self._output_norm, self.config.norm_eps))
+        logits = self.output(norm(x[batch.last], self.output_norm, self.config.norm_eps))
         return logits[: len(chunks)].float()
 
 
-class _Layer:
+class Layer:
     """One layer; `x` is [tokens, hidden] over all tokens of the batch."""
 
     def __init__(self, config: LlamaConfig, weights: LayerWeights) -> None:
         self._config = config
         self._attention_norm, self._ffn_norm = weights.attention_norm, weights.ffn_norm
         self._qkv = _linear(weights.qkv)
-        self._attention_output = _linear(weights.attention_output)
+        self.attention_output = _linear(weights.attention_output)
         self._gate_up = _linear(weights.gate_up)
         self._down = _linear(weights.down)
 
     def attention(self, x: Tensor, pages: Tensor, batch: _Batch) -> Tensor:
         """Attend to `pages`, this layer's part of the cache: [num_blocks, 2, block_tokens, ...]."""
         config = self._config
-        qkv = self._qkv(_norm(x, self._attention_norm, config.norm_eps))
-        qkv = qkv.view(len(x), -1, config.head_dim)
-        rotated = _rotate(qkv[:, : -config.kv_heads], batch.rotation)
-        queries, keys = rotated[:, : config.heads], rotated[:, config.heads :]
-        values = qkv[:, -config.kv_heads :]
+        queries, keys, values = self.project(x, batch.rotation)
 
         block, slot = batch.slots
         written = len(block)  # the rest is padding
@@ -263,10 +268,23 @@ class _Layer:
                 weights = torch.softmax(scores, -1, dtype=torch.float32).type_as(scores)
                 result = torch.bmm(weights, tile.values)
                 tile.result.copy_(result[:, : tile.rows].view_as(tile.result))
-        return self._attention_output(batch.attended.flatten(1))
+        return self.attention_output(batch.attended.flatten(1))
+
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens, rotated: [tokens, heads, head_dim] each."""
+        config = self._config
+        qkv = self._qkv(norm(x, self._attention_norm, config.norm_eps))
+        qkv = qkv.view(len(x), -1, config.head_dim)
+        rotated = _rotate(qkv[:, : -config.kv_heads], rotation)
+        return (
+            rotated[:, : config.heads],
+            rotated[:, config.heads :],
+            qkv[:, -config.kv_heads :],
+        )
 
     def ffn(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(_norm(x, self._ffn_norm, self._config.norm_eps)).chunk(2, -1)
+        """The feed-forward part."""
+        gate, up = self._gate_up(norm(x, self._ffn_norm, self._config.norm_eps)).chunk(2, -1)
         return self._down(F.silu(gate).mul_(up))
 
 
@@ -321,7 +339,7 @@ class _Batch:
         if not chunks:
             raise ConfigError("a pass needs at least one chunk")
         for chunk in chunks:
-            _check(chunk, model.config, block_tokens)
+            check_chunk(chunk, model.config, block_tokens)
 
         def tensor(pieces: list[Any], *, pad: bool = False) -> Tensor:
             array = np.concatenate(pieces, dtype=np.int64)
@@ -333,7 +351,7 @@ class _Batch:
         written = [c.blocks[p // block_tokens] for c, p in zip(chunks, positions, strict=True)]
         ends = list(accumulate(len(chunk.tokens) for chunk in chunks))
         self.tokens = tensor([chunk.tokens for chunk in chunks], pad=True)
-        self.rotation = model._rotation[tensor(positions, pad=True)]
+        self.rotation = model.rotation[tensor(positions, pad=True)]
         self.slots = tensor(written), tensor([p % block_tokens for p in positions])
         self.last = tensor([[end - 1 for end in ends]], pad=True)
 
@@ -376,7 +394,8 @@ class _Batch:
             )
 
 
-def _check(chunk: Chunk, config: LlamaConfig, block_tokens: int) -> None:
+def check_chunk(chunk: Chunk, config: LlamaConfig, block_tokens: int) -> None:
+    """ConfigError if a chunk cannot be processed."""
     if not chunk.tokens or chunk.start < 0:
         raise ConfigError(
             f"a chunk needs tokens and a position, got {len(chunk.tokens)} tokens at {chunk.start}"
@@ -432,7 +451,8 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise by the root mean square."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

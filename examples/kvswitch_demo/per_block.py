@@ -17,7 +17,7 @@ import torch
 
 from kvswitch import Layout, Region
 from kvswitch.messages import Direction
-from kvswitch.transfer import Copies, Event
+from kvswitch.transfer import Backend, Copies, Event
 
 __all__ = ["PerBlockBackend", "per_layer_layout"]
 
@@ -69,7 +69,7 @@ class _SynchronousQueue:
         pass
 
 
-class PerBlockBackend:
+class PerBlockBackend(Backend):
     """Copies in the thread that asks for it, piece by piece, both directions in series."""
 
     coalesce = False

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from kvswitch import Config, KVSwitch, hookimpl
 from kvswitch.config import parse_bytes
 from kvswitch.messages import Direction
 from kvswitch.scheduling import FixedPolicy, InversionMeter, PriorityPolicy, TracePolicy
 from kvswitch.switch import SwapStats
-from kvswitch.transfer import CpuBackend
+from kvswitch.transfer import Backend, CpuBackend
 from kvswitch_demo.engine import Engine, Step
 from kvswitch_demo.model import Llama
 from kvswitch_demo.per_block import PerBlockBackend, per_layer_layout
@@ -94,10 +96,22 @@ def make_engine(
         prefill_tokens=settings.prefill_tokens,
         config=config,
         kv_layout=per_layer_layout if per_block else None,
-        backend=PerBlockBackend(bandwidth) if per_block else CpuBackend(bandwidth=bandwidth),
+        backend=_backend(model.device, bandwidth, per_block=per_block),
         plugins=plugins,
         never=never,
     )
+
+
+def _backend(device: torch.device, bandwidth: float | None, *, per_block: bool) -> Backend | None:
+    """What copies in a mode; None is kvswitch's own choice. On a GPU the link is the real one."""
+    if device.type == "cuda":
+        if not per_block:
+            return None
+        from kvswitch_cuda import CudaBackend
+
+        # One call for every piece, each waited for by the host before the one after the next.
+        return CudaBackend(device.index or 0, copies="loop", pacing="host", coalesce=False)
+    return PerBlockBackend(bandwidth) if per_block else CpuBackend(bandwidth=bandwidth)
 
 
 def serve(

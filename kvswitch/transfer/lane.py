@@ -1,13 +1,15 @@
-"""One direction of the transfer engine: its queue, and the thread that feeds it window by window.
+"""One direction of the transfer engine: its queue, and the thread that feeds it span by span.
 
-    submit -> waiting -> [may it begin?] -> lower -> window, window, ... -> end
-              (FIFO)      `after` and conflicts      at most two in flight   (FIFO)
+    submit -> waiting -> [may it begin?] -> lower ->  span, span, ...  -> end
+              (FIFO)      `after` and conflicts    at most two in flight  (FIFO)
+
+A span is one window; or many, for a queue that lets others in between windows by itself.
 
 Jobs of a lane begin in order, run in order (the queue's) and end in order. So one number says which
 have ended, and waiting for the newest of some jobs is waiting for all of them.
 
-With nothing to dispatch, the dispatcher sleeps until the oldest window in flight has been copied. A
-job submitted during the very last window is therefore dispatched after it.
+With nothing to dispatch, the dispatcher sleeps until the oldest span in flight has been copied. A
+job submitted during the very last span is therefore dispatched after it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from kvswitch.transfer.ticket import Ticket
 
 __all__ = ["Job", "Lane", "Ledger"]
 
-_WINDOWS_IN_FLIGHT: Final = 2  # one being copied, one behind it so that the queue never runs dry
+_SPANS_IN_FLIGHT: Final = 2  # one being copied, one behind it so that the queue never runs dry
 
 BlockIndex = slice | npt.NDArray[np.intp] | BlockIds
 
@@ -40,7 +42,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self.lock: Final = threading.Lock()
-        self.changed: Final = threading.Condition(self.lock)  # some transfer has ended
+        self.changed: Final = threading.Condition(
+            self.lock
+        )  # some transfer was dispatched or ended
         self.under_way: Final[dict[int, Ticket]] = {}
         self.ended: Final[deque[Ticket]] = deque()  # not yet polled
         self.closed = False
@@ -66,7 +70,7 @@ class Job:
     """
 
     __slots__ = (
-        "after_other", "begin", "cancelled", "complete", "failure", "fence", "mark", "runs",
+        "after_other", "begin", "cancelled", "complete", "end", "failure", "fence", "mark", "runs",
         "ticket",
     )  # fmt: skip
 
@@ -80,6 +84,7 @@ class Job:
         self.complete = False  # every window has been dispatched
         self.failure: BaseException | None = None
         self.begin: Event | None = None
+        self.end: Event | None = None  # behind the newest span dispatched
 
 
 class Lane:
@@ -111,12 +116,13 @@ class Lane:
         self._coalesce: Final = backend.coalesce
         self._queue: Final = backend.open_queue(direction)
         self._window_bytes: Final = window_bytes
+        self._span: Final = max(1, backend.span_bytes // window_bytes)  # windows
         self._ledger: Final = ledger
         self._wake: Final = threading.Condition(ledger.lock)
         self._waiting: Final[deque[Job]] = deque()  # those of `jobs` that have not begun
-        # Only the dispatcher uses these: windows in the queue, and None behind a job's last one.
+        # Only the dispatcher uses these: spans in the queue, and None behind a job's last one.
         self._flying: Final[deque[tuple[Job, Event | None]]] = deque()
-        self._windows = 0
+        self._spans = 0
         self._thread: Final = threading.Thread(
             target=self._run, name=f"kvswitch-dispatch-{direction.name.lower()}", daemon=True
         )
@@ -154,6 +160,10 @@ class Lane:
                 job.cancelled = True
         self._wake.notify()
 
+    def find(self, mark: int) -> Job | None:
+        """The job with this mark, unless it has ended."""
+        return next((job for job in self.jobs if job.mark == mark), None)
+
     def check_integrity(self) -> None:
         """Raise IntegrityError if the bookkeeping contradicts itself."""
         marks = [self.done, *(job.mark for job in self.jobs)]
@@ -162,8 +172,8 @@ class Lane:
         waiting = len(self._waiting)
         if waiting and list(self._waiting) != list(self.jobs)[-waiting:]:
             raise IntegrityError(f"{self._direction.name}: waiting jobs are not the last ones")
-        if not 0 <= self._windows <= _WINDOWS_IN_FLIGHT:
-            raise IntegrityError(f"{self._direction.name}: {self._windows} windows in flight")
+        if not 0 <= self._spans <= _SPANS_IN_FLIGHT:
+            raise IntegrityError(f"{self._direction.name}: {self._spans} spans in flight")
         if max(int(newest.max()) for newest in self.newest) > marks[-1]:
             raise IntegrityError(f"{self._direction.name}: a block is touched by an unknown job")
 
@@ -237,8 +247,9 @@ class Lane:
 
     def _send(self, job: Job, copies: Copies) -> None:
         """Give the windows to the queue, as long as they are wanted."""
-        for start, stop in pairwise(copies.windows.tolist()):
-            while self._windows >= _WINDOWS_IN_FLIGHT:
+        edges = [*copies.windows[: -1 : self._span].tolist(), len(copies.src)]
+        for start, stop in pairwise(edges):
+            while self._spans >= _SPANS_IN_FLIGHT:
                 self._reap()
             if self._dropped(job):
                 return
@@ -248,22 +259,26 @@ class Lane:
                 raise
             except Exception as error:
                 job.failure = error
-            # Also if it failed: a part of the window may be under way.
-            self._flying.append((job, self._queue.record()))
-            self._windows += 1
-        job.complete = True
+            # Also if it failed: a part of the span may be under way.
+            job.end = self._queue.record()
+            self._flying.append((job, job.end))
+            self._spans += 1
+        if job.failure is None:
+            with self._ledger.lock:
+                job.complete = True
+                self._ledger.changed.notify_all()
 
     def _dropped(self, job: Job) -> bool:
         return job.cancelled or job.failure is not None or self._ledger.dead is not None
 
     def _reap(self) -> None:
-        """Wait for the oldest window in flight."""
+        """Wait for the oldest span in flight."""
         job, event = self._flying[0]
         assert event is not None
         assert job.begin is not None
         event.wait()
         self._flying.popleft()
-        self._windows -= 1
+        self._spans -= 1
         if isinstance(event.error, DeadQueue):
             raise event.error
         job.failure = job.failure or event.error

@@ -66,6 +66,9 @@ class Layout:
     regions : tuple of Region
     num_blocks : int
         Blocks 0 .. num_blocks - 1 exist in every region.
+    seams : tuple of int
+        Addresses, ascending, that no copy may cross: where one registration of pinned memory ends
+        and the next begins.
 
     Raises
     ------
@@ -75,6 +78,7 @@ class Layout:
 
     regions: tuple[Region, ...]
     num_blocks: int
+    seams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.regions:

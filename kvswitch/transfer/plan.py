@@ -5,6 +5,7 @@ Everything is a handful of numpy operations over whole arrays; nothing is done p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +35,8 @@ class Copies:
     windows : ndarray
         int64, shape [w + 1]: window k is copies windows[k] .. windows[k + 1] - 1.
     num_copies : int
-        Copies before any was cut at the edge of a window; what the granularity of a transfer is
-        counted in.
+        Copies before any was cut at the edge of a window or at a seam; what the granularity of a
+        transfer is counted in.
     """
 
     src: Bytes
@@ -111,7 +112,8 @@ def lower(
     Copies
         Region by region; inside one ascending by source and merged where adjacent on both sides.
         No window holds more than `window_bytes`; all but the last hold at least 3/4 of it. Copies
-        up to 1/8 of a window are never cut, and no piece cut off is under 1/16 of it.
+        up to 1/8 of a window are never cut, and no piece cut off is under 1/16 of it, except at
+        the seams of a layout.
 
     Raises
     ------
@@ -139,7 +141,12 @@ def lower(
         np.add(addresses, start, out=addresses)
     np.multiply(src.table[2][:, None], blocks, out=fields[2])
     at, to, nbytes = fields.reshape(3, -1)
-    return _cut(at, to, nbytes, window_bytes)
+    num_copies = len(at)
+    if src.seams:
+        at, to, nbytes = _cut_at(src.seams, at, to, nbytes)
+    if dst.seams:
+        to, at, nbytes = _cut_at(dst.seams, to, at, nbytes)
+    return _cut(at, to, nbytes, num_copies, window_bytes)
 
 
 def _merge(runs: Runs) -> Runs:
@@ -177,18 +184,40 @@ def _split(runs: Runs) -> Runs:
     return single
 
 
-def _cut(src: Bytes, dst: Bytes, nbytes: Bytes, window_bytes: int) -> Copies:
-    """Group copies in windows.
+def _cut_at(
+    seams: Sequence[int], here: Bytes, there: Bytes, nbytes: Bytes
+) -> tuple[Bytes, Bytes, Bytes]:
+    """Cut copies where they cross a seam on one side; that side first, in and out."""
+    edges = np.array(seams, np.uint64)
+    first = np.searchsorted(edges, here, side="right")  # the first seam behind the copy's start
+    pieces = np.searchsorted(edges, here + nbytes, side="left") - first + 1
+    total = int(pieces.sum())
+    if total == len(here):
+        return here, there, nbytes
+    owner = np.repeat(np.arange(len(here)), pieces)
+    number = np.arange(total) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    seam = first[owner] + number  # that the piece ends at, unless it is the last one
+    stop = here + nbytes
+    begins: Bytes = np.where(number == 0, here[owner], edges[np.maximum(seam - 1, 0)])
+    ends = np.where(
+        number == pieces[owner] - 1, stop[owner], edges[np.minimum(seam, len(edges) - 1)]
+    )
+    offsets: Bytes = begins - here[owner]
+    lengths: Bytes = ends - begins
+    return begins, there[owner] + offsets, lengths
+
+
+def _cut(src: Bytes, dst: Bytes, nbytes: Bytes, num_copies: int, window_bytes: int) -> Copies:
+    """Group copies in windows; they were `num_copies` before they were cut at seams.
 
     The copies are laid end to end and cut every `step` bytes. A cut that falls within `snap` bytes
     of an end of a copy moves there, which makes a window up to 2 * snap longer or shorter; `step`
     leaves room for that.
     """
-    num_copies = len(src)
     end = np.cumsum(nbytes)
-    total = int(end[-1]) if num_copies else 0
+    total = int(end[-1]) if len(src) else 0
     if total <= window_bytes:
-        edges = [0, num_copies] if num_copies else [0]
+        edges = [0, len(src)] if len(src) else [0]
         return Copies(src, dst, nbytes, np.array(edges, np.int64), num_copies)
     snap = window_bytes // _SNAP
     step = window_bytes - 2 * snap

@@ -19,7 +19,7 @@ from kvswitch import KVSwitch
 from kvswitch.errors import TransferError
 from kvswitch.messages import Direction, Observations, SwapOrders, Transfer
 from kvswitch.switch import SequenceState, SwapManager
-from kvswitch.transfer import Copies, CpuBackend, Queue
+from kvswitch.transfer import Backend, Copies, CpuBackend, Queue
 
 Cell: TypeAlias = tuple[str, int, int] | None
 """What was written: (sequence, position, version)."""
@@ -245,7 +245,7 @@ class UnrulyQueue:
         self._queue.copy(copies, start, stop)
 
 
-class UnrulyBackend:
+class UnrulyBackend(Backend):
     """The CPU backend, with queues that fail in a share of `trouble` of their windows."""
 
     coalesce = True
@@ -276,7 +276,7 @@ class UnrulyBackend:
 BLOCK_BYTES = 4 * 64 * 8
 
 
-class Puppet:
+class Puppet(Backend):
     """A CPU backend whose queues stop when told to, and raise what they are told to."""
 
     coalesce = True

@@ -16,6 +16,7 @@ import pytest
 
 from kvswitch.messages import Direction, Runs, Transfer
 from kvswitch.transfer import (
+    Backend,
     Copies,
     CpuBackend,
     DeadQueue,
@@ -190,12 +191,15 @@ class ChaosQueue:
                 return
 
 
-class ChaosBackend:
+class ChaosBackend(Backend):
     """A backend under the control of a test: see `ChaosQueue`."""
 
-    def __init__(self, seed: int | None = None, *, coalesce: bool = True) -> None:
+    def __init__(
+        self, seed: int | None = None, *, coalesce: bool = True, has_streams: bool = False
+    ) -> None:
         """With a `seed`, queues take random breaks between what they do."""
         self.coalesce = coalesce
+        self.has_streams = has_streams
         self.closed = 0
         self.queues: dict[Direction, ChaosQueue] = {}
         self._streams: list[ChaosQueue] = []
@@ -210,6 +214,10 @@ class ChaosBackend:
 
     def fence(self, stream: object | None) -> Event | None:
         return stream.record() if isinstance(stream, ChaosQueue) else None
+
+    def hold(self, stream: object | None, event: Event) -> None:
+        assert isinstance(stream, ChaosQueue)
+        stream.wait(event)
 
     def stream(self) -> ChaosQueue:
         """What the inference engine computes on."""
@@ -352,8 +360,8 @@ def chaos() -> Iterator[Callable[..., ChaosBackend]]:
     """Make a `ChaosBackend`; all are closed at the end."""
     made: list[ChaosBackend] = []
 
-    def make(seed: int | None = None, *, coalesce: bool = True) -> ChaosBackend:
-        made.append(ChaosBackend(seed, coalesce=coalesce))
+    def make(seed: int | None = None, **traits: bool) -> ChaosBackend:
+        made.append(ChaosBackend(seed, **traits))
         return made[-1]
 
     yield make

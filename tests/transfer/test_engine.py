@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -244,6 +245,94 @@ def test_conflicts_names_the_newest_transfer_of_each_direction(make_world: Any, 
     world.backend.resume()
 
 
+# Compute that comes after transfers on the device
+
+
+def test_a_stream_comes_after_the_transfers_it_is_held_for(
+    make_world: Any, chaos: Any, until: Until
+) -> None:
+    backend = chaos(has_streams=True)
+    world = make_world(backend, regions=1)
+    stream = backend.stream()
+    for direction in Direction:
+        backend.pause(direction)
+    ended = world.out([], [])
+    ended.wait(PATIENCE)
+    leaving, other = world.out([3], [3]), world.out([4], [4])
+    arriving = world.back([30], [20])
+    assert world.engine.hold([ended.id, leaving.id, arriving.id, 99], stream) == {1, 3}
+    assert not leaving.done
+    stream.run(lambda: world.device[0][3].fill(77))  # what the next forward writes
+    backend.resume()
+    other.wait(PATIENCE)
+    assert (world.host[0][3] != 77).all()
+    assert stream.record().wait(PATIENCE)
+    assert (world.device[0][3] == 77).all()
+    arriving.wait(PATIENCE)
+
+
+def test_a_stream_is_held_only_when_all_has_been_dispatched(
+    make_world: Any, chaos: Any, until: Until
+) -> None:
+    # A wait for an event that is not recorded yet would not wait.
+    backend = chaos(has_streams=True)
+    world = make_world(backend, regions=1, block_bytes=64, window_bytes=64)
+    stream = backend.stream()
+    backend.pause(OUT)
+    ticket = world.out(blocks(0, 6), blocks(0, 6))
+    held: list[frozenset[int]] = []
+    thread = threading.Thread(target=lambda: held.append(world.engine.hold([ticket.id], stream)))
+    thread.start()
+    until(lambda: len(backend.queues[OUT].given) == 2)
+    thread.join(SHORT)
+    assert thread.is_alive()
+    backend.resume()
+    thread.join(PATIENCE)
+    assert held[0] <= {ticket.id}
+    assert ticket.done or stream.waits
+
+
+def test_holding_for_transfers_that_fail_or_are_cancelled_ends(
+    make_world: Any, chaos: Any, until: Until
+) -> None:
+    backend = chaos(has_streams=True)
+    world = make_world(backend, regions=1, block_bytes=64, window_bytes=64)
+    backend.pause(OUT)
+    first, second = world.out(blocks(0, 6), blocks(0, 6)), world.out([7], [7])
+    until(lambda: len(backend.queues[OUT].given) == 2)
+    for ticket in (first, second):
+        world.engine.cancel(ticket.id)
+    backend.resume()
+    assert world.engine.hold([first.id, second.id], backend.stream()) == frozenset()
+    assert first.done
+    assert second.done
+
+
+def test_without_streams_holding_is_waiting(make_world: Any) -> None:
+    world = make_world(CpuBackend())
+    ticket = world.out([3], [3])
+    assert world.engine.hold([ticket.id]) == frozenset()
+    assert ticket.done
+
+
+def test_windows_are_given_in_spans_to_queues_that_pace_themselves(
+    make_world: Any, chaos: Any, until: Until
+) -> None:
+    backend = chaos()
+    backend.span_bytes = 3 * 64 + 10
+    world = make_world(backend, regions=1, block_bytes=64, window_bytes=64)
+    backend.pause(OUT)
+    world.out(blocks(0, 8), blocks(0, 8))
+    until(lambda: len(backend.queues[OUT].given) == 2)
+    time.sleep(SHORT)
+    queue = backend.queues[OUT]
+    assert len(queue.given) == 2
+    assert all(2 * 64 < given <= 3 * 64 for given in queue.given)  # three windows each
+    backend.resume()
+    assert world.wrong() == []
+    assert sum(queue.moved) == 8 * 64
+
+
 # Bad input
 
 
@@ -297,10 +386,10 @@ def test_integrity_is_checked(make_world: Any, chaos: Any) -> None:
     with pytest.raises(IntegrityError, match="tickets"):
         world.engine.check_integrity()
     del world.engine._ledger.under_way[5]
-    lane._windows = 3
-    with pytest.raises(IntegrityError, match="windows in flight"):
+    lane._spans = 3
+    with pytest.raises(IntegrityError, match="spans in flight"):
         world.engine.check_integrity()
-    lane._windows = 0
+    lane._spans = 0
 
 
 # Beside a busy thread

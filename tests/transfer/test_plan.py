@@ -187,6 +187,35 @@ def test_a_backend_that_wants_it_gets_one_copy_per_block_and_region() -> None:
     assert copies.nbytes.tolist() == [64] * 10 + [32] * 10
 
 
+@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("window", [700, 1 << 20])
+def test_no_copy_crosses_a_seam(side: str, window: int) -> None:
+    rng = np.random.default_rng(0)
+    seams = (1000, 1024, 3000, 3001, 4700)
+    for _ in range(100):
+        device = Layout((Region(10_000, 48, 48),), 100)
+        host = Layout((Region(40, 48, 48),), 100, seams)
+        src, dst = (host, device) if side == "source" else (device, host)
+        ids = rng.permutation(100)[: rng.integers(1, 100)].astype(np.int32)
+        runs = coalesce(np.sort(ids), np.sort(ids)) if rng.random() < 0.5 else coalesce(ids, ids)
+        copies = lower(runs, src, dst, window_bytes=window)
+        whole = lower(runs, Layout(src.regions, 100), Layout(dst.regions, 100), window_bytes=window)
+        here = (copies.src if side == "source" else copies.dst).astype(np.int64)
+        end = here + copies.nbytes.astype(np.int64)
+        assert (copies.nbytes > 0).all()
+        for seam in seams:
+            assert not ((here < seam) & (seam < end)).any()
+        moved = [bytes_moved(c) for c in (copies, whole)]
+        assert moved[0] == moved[1]
+        assert copies.num_copies == whole.num_copies
+
+
+def bytes_moved(copies: Copies) -> dict[int, int]:
+    """Source of each destination byte."""
+    columns = copies.src.tolist(), copies.dst.tolist(), copies.nbytes.tolist()
+    return {to + i: at + i for at, to, n in zip(*columns, strict=True) for i in range(n)}
+
+
 def test_no_runs_are_no_copies_in_no_windows() -> None:
     layout = Layout((Region(0, 64, 64),), 10)
     for merge in (True, False):

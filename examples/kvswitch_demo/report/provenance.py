@@ -12,17 +12,22 @@ from typing import Any
 
 import msgspec
 import psutil
+import torch
 
 __all__ = ["Machine", "Provenance"]
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """The machine of a run; memory in bytes, `cores` are those that the process may use."""
+    """The machine of a run; memory in bytes, `cores` are those that the process may use.
+
+    `gpu` is where the model ran, if not on the CPU, and how.
+    """
 
     cpu: str
     cores: int
     memory: int
     os: str
+    gpu: str = ""
 
 
 class Provenance(msgspec.Struct, frozen=True):
@@ -49,7 +54,14 @@ class Provenance(msgspec.Struct, frozen=True):
     versions: dict[str, str]
 
     @classmethod
-    def here(cls, *, command: str, seed: int, workload: Mapping[str, Any]) -> Provenance:
+    def here(
+        cls,
+        *,
+        command: str,
+        seed: int,
+        workload: Mapping[str, Any],
+        device: torch.device | None = None,
+    ) -> Provenance:
         """Describe a run that was made now, by this process."""
         return cls(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,6 +73,7 @@ class Provenance(msgspec.Struct, frozen=True):
                 cores=_cores(),
                 memory=psutil.virtual_memory().total,
                 os=f"{platform.system()} {platform.release()}",
+                gpu="" if device is None else _gpu(device),
             ),
             versions={
                 "kvswitch": version("kvswitch"),
@@ -80,6 +93,17 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _gpu(device: torch.device) -> str:
+    """The GPU's model and driver."""
+    if device.type != "cuda":
+        return ""
+    from kvswitch_cuda.driver import Driver
+
+    version = Driver.load().version
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, CUDA {version // 1000}.{version % 1000 // 10}, passes in CUDA graphs"
 
 
 def _cores() -> int:
