@@ -7,15 +7,16 @@ know happens in one iteration, `Engine.step`, in this order:
    return at once, nothing has moved yet.
 2. *Grow*: `allocate` makes sure that everybody in the batch has blocks for the tokens to come. If
    there are none left, somebody of low priority gives way.
-3. *Switch*: `KVSwitch.step` starts the copies and says who has landed and who is still arriving.
-4. *Forward*: run the model on everybody who is here. Copies go on meanwhile.
+3. *Switch*: `dispatch` starts the copies and says who will not be here in time. While they are
+   under way the batch is prepared; `wait` blocks for what the forward needs, and says who landed.
+4. *Forward*: run the model on everybody who is here. Other copies go on meanwhile.
 5. *Finish*: the end of a turn is a context switch too. The conversation stays on the device until
    somebody needs the room, and its next turn finds its KV cache again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -179,14 +180,17 @@ class Engine:
         # 2. Grow.
         batch = self._plan_batch(step)
         # 3. Switch.
-        ready = self.switch.step()
-        for id_, tokens in ready.landed.items():
-            self.conversations[id_].computed = tokens  # fewer than promised if a copy failed
+        absent = self.switch.dispatch()
+        work = {c: share for c, share in batch.items() if c.id not in absent}
+        forward = self._prepare(work)
+        for id_, tokens in self.switch.wait().landed.items():
+            if tokens != self.conversations[id_].computed:
+                self.conversations[id_].computed = tokens  # a copy failed: recompute the rest
+                forward = self._prepare(work)
         step.ready = perf_counter()
         # 4. Forward.
-        work = {c: share for c, share in batch.items() if c.id not in ready.arriving}
-        if work:
-            self._forward(work, step)
+        if forward is not None:
+            self._take_tokens(work, forward(), step)
         step.end = perf_counter()
         return step
 
@@ -251,12 +255,17 @@ class Engine:
                     self.scheduler.update(c.id, held=c.blocks)
                 return blocks
 
-    def _forward(self, work: dict[Conversation, _Share], step: Step) -> None:
+    def _prepare(self, work: dict[Conversation, _Share]) -> Callable[[], torch.Tensor] | None:
+        """The forward of a batch, ready to be called; None if there is nothing to do."""
         chunks = [
             Chunk(c.tokens[c.computed : c.computed + share.tokens], c.computed, share.blocks)
             for c, share in work.items()
         ]
-        logits = self.model.forward(chunks, self.kv_cache)
+        return self.model.prepare(chunks, self.kv_cache) if chunks else None
+
+    def _take_tokens(
+        self, work: dict[Conversation, _Share], logits: torch.Tensor, step: Step
+    ) -> None:
         logits = logits.index_fill(1, self._never, -torch.inf)
         for (c, share), token in zip(work.items(), logits.argmax(-1).tolist(), strict=True):
             done = c.computed + share.tokens

@@ -17,7 +17,8 @@ preemption changes no answer here either (see model.py for how that is had on a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ class GraphLlama(Llama):
         self._pass: _Pass | None = None
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], cache: Tensor) -> Tensor:
-        """See `Llama.forward`."""
+    def prepare(self, chunks: Sequence[Chunk], cache: Tensor) -> Callable[[], Tensor]:
+        """See `Llama.prepare`."""
         if not chunks:
             raise ConfigError("a pass needs at least one chunk")
         for chunk in chunks:
@@ -56,7 +57,7 @@ class GraphLlama(Llama):
         if self._pass is None or self._pass.cache is not cache:
             self._pass = None  # its memory goes first
             self._pass = _Pass(self, cache, self._rows)
-        return self._pass.run(chunks)
+        return partial(self._pass.run, chunks)
 
 
 class _Pass:
@@ -78,6 +79,7 @@ class _Pass:
         self._graph: Any = None
         self._logits: Tensor | None = None
 
+    @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits behind each chunk, float32 [chunks, vocab]."""
         logits = torch.empty(len(chunks), self._model.config.vocab, device=self._model.device)

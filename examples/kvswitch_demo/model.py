@@ -205,9 +205,10 @@ class Llama:
         shape = num_blocks, self.config.layers, 2, block_tokens, *heads
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], cache: Tensor) -> Tensor:
         """Process the chunks' tokens, write their K and V to the cache, predict what comes next.
+
+        What does not need the cache can be done beforehand: it is ``prepare(chunks, cache)()``.
 
         Parameters
         ----------
@@ -227,13 +228,21 @@ class Llama:
             There are no chunks, or one of them is empty, exceeds the context, or has a block table
             too short for it. The cache is as it was.
         """
-        batch = _Batch(self, chunks, cache)
+        return self.prepare(chunks, cache)()
+
+    @torch.inference_mode()
+    def prepare(self, chunks: Sequence[Chunk], cache: Tensor) -> Callable[[], Tensor]:
+        """Make ready for `forward`, without looking into the cache; calling the result goes on."""
+        return partial(self._run, _Batch(self, chunks, cache), cache)
+
+    @torch.inference_mode()
+    def _run(self, batch: _Batch, cache: Tensor) -> Tensor:
         x = F.embedding(batch.tokens, self.embedding)
         for layer, pages in zip(self.layers, cache.unbind(1), strict=True):
             x = x + layer.attention(x, pages, batch)
             x = x + layer.ffn(x)
         logits = self.output(norm(x[batch.last], self.output_norm, self.config.norm_eps))
-        return logits[: len(chunks)].float()
+        return logits[: len(batch.spans)].float()
 
 
 class Layer:

@@ -7,13 +7,15 @@ It joins the planner and the transfer engine in one process. The calls of one it
     blocks = switch.allocate("c", tokens)
     ready = switch.step()               # Algorithm 1: collect, swap in, swap out, wait or not
     ...                                 # forward: whoever is not in ready.arriving
+
+`step` is `dispatch` and `wait`: what an engine does between the two goes on beside the copies.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -141,6 +143,7 @@ class KVSwitch:
         self._stall = self._overhead = 0.0
         self._forward_began: float | None = None  # None: there was nothing to run
         self._stall_before = 0.0
+        self._in_series = config.strategy == "serial"  # then nothing goes on beside the copies
         if backend is None:
             backend = self._make_backend(config.backend, kv_cache)
         try:
@@ -301,33 +304,61 @@ class KVSwitch:
             The engine's compute stream (CUDA; default: the current one). Transfers wait for what it
             has been given so far, and what it is given next waits for those it depends on.
         """
-        started = perf_counter()
+        self.dispatch(stream)
+        return self.wait()
+
+    def dispatch(self, stream: object | None = None) -> Collection[Hashable]:
+        """First half of `step`: collect what has landed, hand planned transfers over.
+
+        `wait` is to follow before the forward. Until then the engine can prepare its batch.
+
+        Parameters
+        ----------
+        stream : optional
+            As for `step`.
+
+        Returns
+        -------
+        collection of Hashable
+            Sequences on their way that `wait` will not wait for: not to be run now.
+        """
+        with self._verb():
+            forward = None
+            if self._forward_began is not None:
+                stalled = self._stall - self._stall_before
+                forward = perf_counter() - self._forward_began - stalled
+                self._forward_began = None
+            self.planner.observe(self._worker.report(step_seconds=forward))
+            orders = self.planner.orders()
+            self._worker.submit(orders, stream)
+        if self._in_series:
+            self._wait()
+        return self.planner.absent(orders)
+
+    def wait(self) -> Ready:
+        """Second half of `step`: block until the forward may run."""
         self._check_open()
-        forward = None
-        if self._forward_began is not None:
-            forward = started - self._forward_began - (self._stall - self._stall_before)
-        stalled = self._stall
-        self.planner.observe(self._worker.report(step_seconds=forward))
-        self._dispatch(stream)
+        self._wait()
+        started = perf_counter()
         ready = Ready(self.planner.landed(), self.arriving)
         while self._lost:
             sequence, tokens = self._lost.pop(0)
             self._tell(self._hooks.hook.kvswitch_copies_lost, sequence=sequence, tokens=tokens)
         ended = perf_counter()
-        self._overhead += ended - started - (self._stall - stalled)
+        self._overhead += ended - started
         self._forward_began = ended if self.planner.queue(SequenceState.RUNNING) else None
         self._stall_before = self._stall
         return ready
 
-    def _dispatch(self, stream: object | None = None, *, also: int | None = None) -> None:
-        self._worker.submit(self.planner.orders(), stream, also=also)
+    def _wait(self) -> None:
         if stalled := self._worker.wait():
             self._stall += stalled
             self.planner.observe(self._worker.report())
 
     def _wait_for(self, transfer: int) -> None:
         self._check_open()
-        self._dispatch(also=transfer)
+        self._worker.submit(self.planner.orders(), also=transfer)
+        self._wait()
 
     # -- questions -------------------------------------------------------------------------------
 

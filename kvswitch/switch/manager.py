@@ -414,6 +414,11 @@ class SwapManager:
         transfers, cancelled = self._traffic.take_orders()
         return SwapOrders(self._step, transfers, cancelled, tuple(sorted(wait)))
 
+    def absent(self, orders: SwapOrders) -> list[Hashable]:
+        """Sequences that will still be arriving when what `orders` wait for has ended."""
+        arriving = self._sequences.queues[SequenceState.ARRIVING].values()
+        return [s.id for s in arriving if s.incoming and s.incoming.transfer.id not in orders.wait]
+
     def landed(self) -> dict[Hashable, int]:
         """Sequences whose swap-in has ended since the last call, with their valid tokens."""
         return {s.id: tokens for s, tokens in self._arrivals.take_landed().items()}

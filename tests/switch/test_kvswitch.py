@@ -115,6 +115,39 @@ def test_arriving_is_what_must_not_run(tools: Any, make_switch: Any) -> None:
     assert list(switch.step().arriving) == []
 
 
+@pytest.mark.parametrize(("strategy", "awaited"), [("sync", True), ("async", False)])
+def test_a_batch_is_prepared_while_copies_are_under_way(
+    tools: Any, make_switch: Any, strategy: str, awaited: bool
+) -> None:
+    backend = tools.Puppet()
+    switch = make_switch(backend=backend, strategy=strategy)
+    switch.allocate("other", 4)
+    switch.allocate("a", 12)
+    switch.preempt("a")
+    tools.settle(switch)
+    backend.go.clear()
+    ticket = switch.resume("a").ticket
+    absent = switch.dispatch()
+    assert list(absent) == ([] if awaited else ["a"])
+    assert not ticket.done, "nothing was waited for yet"
+    if awaited:
+        threading.Timer(0.01, backend.go.set).start()
+    ready = switch.wait()
+    assert ready.landed == ({"a": 12} if awaited else {})
+    assert list(ready.arriving) == list(absent)
+    backend.go.set()
+    tools.settle(switch)
+
+
+def test_in_series_nothing_goes_on_beside_copies(tools: Any, make_switch: Any) -> None:
+    switch = make_switch(strategy="serial")
+    switch.allocate("a", 12)
+    switch.preempt("a")
+    switch.dispatch()
+    assert switch.planner.under_way == ()
+    assert switch.wait().landed == {}
+
+
 def test_a_batch_that_waits_is_stalled(tools: Any, make_switch: Any) -> None:
     switch = make_switch(backend=CpuBackend(bandwidth=BLOCK_BYTES * 300), strategy="sync")
     switch.allocate("a", 48)
