@@ -179,6 +179,7 @@ def fake_cuda(
 ) -> Iterator[FakeCuda]:
     """The fake driver with two devices; nothing may be left of what a test has made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cuda_cache))
+    monkeypatch.setattr("kvswitch_cuda.measuring._QUICK", (1 << 20, 1))
     cuda = FakeCuda(fake_library)
     cuda.reset()
 

@@ -37,7 +37,7 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 
 typedef struct { int device, references; } Context;
 typedef struct { word base, nbytes; int device, flags; } Range;  // device -1: registered host memory
-typedef struct { Context* context; word recorded, reached; double time; unsigned flags; } Event;
+typedef struct { Context* context; int is_event; word recorded, reached; double time; unsigned flags; } Event;
 typedef struct Work {
     enum { COPIES, RECORD, WAIT } kind;
     Event* event;
@@ -47,6 +47,7 @@ typedef struct Work {
 } Work;
 typedef struct {
     Context* context;
+    int is_event;
     Work *head, *tail;
     pthread_t thread;
     int ending;
@@ -405,7 +406,7 @@ int cuEventCreate(void** event, unsigned flags) {
     ENTER(CONTEXT);
     REQUIRE(flags < 4, INVALID_VALUE);
     Event* made = calloc(1, sizeof *made);
-    made->context = current(), made->flags = flags;
+    made->context = current(), made->is_event = 1, made->flags = flags;
     *event = live[num_live++] = made;
     return leave(SUCCESS);
 }
@@ -490,7 +491,9 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 int cuDevicePrimaryCtxRelease_v2(int device) {
     ENTER(PLAIN);
     REQUIRE(contexts[device].references > 0, INVALID_CONTEXT);
-    contexts[device].references--;
+    if (!--contexts[device].references)  // events go with their context; streams are to be closed
+        for (int i = num_live; i--;)
+            if (((Event*)live[i])->is_event && ((Event*)live[i])->context == &contexts[device]) live[i] = live[--num_live];
     return leave(SUCCESS);
 }
 int cuCtxPushCurrent_v2(Context* context) {
@@ -550,6 +553,7 @@ int cuGetProcAddress(const char* name, void** found, int version, word flags) {
 
 void fake_reset(word seed, word pause_us, word bandwidth) {
     pthread_mutex_lock(&lock);
+    if (now.lost) num_live = 0, memset(defaults, 0, sizeof defaults);  // all was lost with it
     memset(&now, 0, sizeof now);
     memset(counts, 0, sizeof counts);
     now.version = 13000, now.devices = DEVICES;

@@ -12,7 +12,7 @@ import pytest
 
 from kvswitch.errors import ConfigError, IntegrityError, TransferError
 from kvswitch.messages import Direction, Transfer
-from kvswitch.transfer import CpuBackend, TransferEngine, coalesce, engine, layout_of
+from kvswitch.transfer import CpuBackend, TransferEngine, coalesce, lane, layout_of
 
 OUT, IN = Direction
 PATIENCE = 20.0
@@ -424,6 +424,6 @@ def test_index_of_blocks_is_right_for_any_runs() -> None:
         count = rng.integers(1, rng.integers(2, 6), rng.integers(1, 10))
         first = rng.integers(0, 100, (2, len(count)))
         runs = np.stack([*first, count], axis=1).astype(np.int32)
-        for side, index in enumerate(engine._blocks(runs, int(count.sum()))):
+        for side, index in enumerate(lane._blocks(runs, int(count.sum()))):
             expected = [b + i for b, n in zip(first[side], count, strict=True) for i in range(n)]
             assert np.arange(200)[index].tolist() == expected
