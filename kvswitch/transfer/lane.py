@@ -9,7 +9,8 @@ Jobs of a lane begin in order, run in order (the queue's) and end in order. So o
 have ended, and waiting for the newest of some jobs is waiting for all of them.
 
 With nothing to dispatch, the dispatcher sleeps until the oldest span in flight has been copied. A
-job submitted during the very last span is therefore dispatched after it.
+job submitted during the very last window is therefore dispatched after it. Spans of many windows
+take too long for that: while one is in flight the dispatcher looks every now and then.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from kvswitch.transfer.ticket import Ticket
 
 __all__ = ["Job", "Lane", "Ledger"]
 
+_LOOK: Final = 5e-4  # seconds between two looks at a long span
 _SPANS_IN_FLIGHT: Final = 2  # one being copied, one behind it so that the queue never runs dry
 
 BlockIndex = slice | npt.NDArray[np.intp] | BlockIds
@@ -231,17 +233,32 @@ class Lane:
                     self._wake.wait()
             if job is not None:
                 self._dispatch(job)
-            elif self._flying and not ledger.unplaced:
+            elif self._flying and not ledger.unplaced and self._landed():
                 self._reap()
+
+    def _landed(self) -> bool:
+        """Whether the oldest span has been, or is to be, waited for; not while a job may begin."""
+        _, event = self._flying[0]
+        assert event is not None
+        if self._span == 1:
+            return True
+        while not event.done():
+            with self._ledger.lock:
+                if self._ledger.unplaced or self._may_begin() or self._ledger.dead is not None:
+                    return False
+                self._wake.wait(_LOOK)
+        return True
+
+    def _may_begin(self) -> bool:
+        """Whether the oldest waiting job may begin."""
+        if not self._waiting:
+            return False
+        job = self._waiting[0]
+        return job.cancelled or (job.placed and self.other.done >= job.after_other)
 
     def _next(self) -> Job | None:
         """Take the oldest waiting job if it may begin."""
-        if not self._waiting:
-            return None
-        job = self._waiting[0]
-        if not job.cancelled and not (job.placed and self.other.done >= job.after_other):
-            return None
-        return self._waiting.popleft()
+        return self._waiting.popleft() if self._may_begin() else None
 
     def _dispatch(self, job: Job) -> None:
         if not self._dropped(job):

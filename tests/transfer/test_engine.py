@@ -333,6 +333,24 @@ def test_windows_are_given_in_spans_to_queues_that_pace_themselves(
     assert sum(queue.moved) == 8 * 64
 
 
+def test_a_transfer_is_dispatched_behind_a_long_span_not_after_it(
+    make_world: Any, chaos: Any, until: Until
+) -> None:
+    backend = chaos(has_streams=True)
+    backend.span_bytes = 1 << 20
+    world = make_world(backend)
+    backend.pause(OUT)
+    first = world.out(blocks(0, 6), blocks(0, 6))
+    until(lambda: len(backend.queues[OUT].given) == 1)
+    time.sleep(SHORT)  # the dispatcher waits for the first one
+    second = world.out([9], [9])
+    until(lambda: len(backend.queues[OUT].given) == 2)
+    assert world.engine.hold([second.id], backend.stream()) == {second.id}
+    assert not first.done
+    backend.resume()
+    assert world.wrong() == []
+
+
 # Bad input
 
 
