@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -173,6 +173,3 @@ def attributes_of_stream_order() -> npt.NDArray[np.int32]:
     attributes = np.zeros(6, np.int32)
     attributes[0] = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
     return attributes
-
-
-Dispatch = Callable[..., Any]
