@@ -79,8 +79,8 @@ class Ready:
     Attributes
     ----------
     landed : mapping
-        Sequences whose swap-in has ended since the last step, with their valid tokens: what
-        `resume` promised, or less if a copy failed.
+        Sequences whose swap-in has ended since the last step (or which the device's stream has been
+        told to wait for), with their valid tokens: what `resume` promised, or less if a copy failed.
     arriving : mapping view
         Sequences still on their way: not to be run now.
     """

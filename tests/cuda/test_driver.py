@@ -80,6 +80,18 @@ def test_a_driver_without_batches_copies_in_a_loop(
     assert fake_cuda.calls("cuMemcpyAsync") == 2
 
 
+def test_without_numba_windows_are_dispatched_in_python(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from kvswitch_cuda import dispatch
+    from kvswitch_cuda.driver import Driver
+
+    monkeypatch.setitem(sys.modules, "numba", None)
+    made = dispatch.make_dispatch.__wrapped__(Driver.load())
+    assert made.__name__ == "dispatch"
+    assert "kvswitch[cuda]" in caplog.text
+
+
 def test_without_a_driver_a_gpu_backend_says_so() -> None:
     script = """
 import numpy as np
