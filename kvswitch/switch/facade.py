@@ -80,7 +80,8 @@ class Ready:
     ----------
     landed : mapping
         Sequences whose swap-in has ended since the last step (or which the device's stream has been
-        told to wait for), with their valid tokens: what `resume` promised, or less if a copy failed.
+        told to wait for), with their valid tokens: what `resume` promised, or less if a copy has
+        failed.
     arriving : mapping view
         Sequences still on their way: not to be run now.
     """
@@ -300,6 +301,11 @@ class KVSwitch:
         stream : optional
             The engine's compute stream (CUDA; default: the current one). Transfers wait for what it
             has been given so far, and what it is given next waits for those it depends on.
+
+        Raises
+        ------
+        TransferError
+            The device was lost while the stream relied on a transfer: nothing works on it any more.
         """
         started = perf_counter()
         self._check_open()
