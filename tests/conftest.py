@@ -185,7 +185,7 @@ def fake_cuda(
 
     def left() -> dict[str, int]:
         gc.collect()  # events return themselves
-        return {what: cuda.left(what) for what in ("handles", "ranges", "references")}
+        return {what: cuda.left(what) for what in ("handles", "ranges", "references", "modules")}
 
     before = left()
     yield cuda

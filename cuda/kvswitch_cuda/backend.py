@@ -169,4 +169,7 @@ class CudaBackend(Backend):
         """See `Backend.close`."""
         for queue in self._queues:
             queue.close()
+        if self._kernel is not None:
+            kernel, self._kernel = self._kernel, None
+            kernel.close()
         self.context.close()

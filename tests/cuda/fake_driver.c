@@ -356,11 +356,19 @@ int cuMemcpyBatchAsync_v2(word* dst, word* src, word* nbytes, word count, int* a
 // ---- the kernel --------------------------------------------------------------------------------
 
 static char function[] = "copy_runs";
+static int modules;
 
 int cuModuleLoadData(void** module, const void* image) {
     ENTER(CONTEXT | UNSAFE);
     REQUIRE(!memcmp(image, "\177ELF", 4), INVALID_IMAGE);
     *module = function;
+    modules++;
+    return leave(SUCCESS);
+}
+int cuModuleUnload(void* module) {
+    ENTER(CONTEXT | UNSAFE);
+    REQUIRE(module == function && modules, INVALID_HANDLE);
+    modules--;
     return leave(SUCCESS);
 }
 int cuModuleGetFunction(void** found, void* module, const char* name) {
@@ -583,6 +591,7 @@ void fake_reset(word seed, word pause_us, word bandwidth) {
         num_live = 0;
         memset(defaults, 0, sizeof defaults);
         memset(engines, 0, sizeof engines);
+        modules = 0;
     }
     memset(&now, 0, sizeof now);
     memset(counts, 0, sizeof counts);
@@ -621,6 +630,7 @@ long fake_left(const char* what) {  // what has not been given back
     if (!strcmp(what, "handles")) left = num_live - (defaults[0] != NULL) - (defaults[1] != NULL);
     if (!strcmp(what, "ranges")) left = num_ranges;
     if (!strcmp(what, "references")) for (int i = 0; i < DEVICES; i++) left += contexts[i].references;
+    if (!strcmp(what, "modules")) left = modules;
     if (!strcmp(what, "spoiled")) left = now.spoiled;
     pthread_mutex_unlock(&lock);
     return left;
