@@ -179,12 +179,13 @@ def fake_cuda(
 ) -> Iterator[FakeCuda]:
     """The fake driver with two devices; nothing may be left of what a test has made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cuda_cache))
+    monkeypatch.setattr("kvswitch_cuda.measuring._QUICK", (1 << 20, 1))
     cuda = FakeCuda(fake_library)
     cuda.reset()
 
     def left() -> dict[str, int]:
         gc.collect()  # events return themselves
-        return {what: cuda.left(what) for what in ("handles", "ranges", "references")}
+        return {what: cuda.left(what) for what in ("handles", "ranges", "references", "modules")}
 
     before = left()
     yield cuda

@@ -9,11 +9,11 @@ from kvswitch.errors import ConfigError, TransferError
 from kvswitch.messages import Direction
 from kvswitch.transfer import Backend, DeadQueue, Event
 from kvswitch_cuda.arena import PinnedArena
-from kvswitch_cuda.calibrate import measure_quickly
 from kvswitch_cuda.context import Context, CudaEvent
 from kvswitch_cuda.dispatch import Way, make_dispatch
 from kvswitch_cuda.driver import CudaUnavailable, Driver, stream_handle
 from kvswitch_cuda.kernel import CopyKernel
+from kvswitch_cuda.measuring import measure_quickly
 from kvswitch_cuda.queue import CudaQueue, own_event
 from kvswitch_cuda.table import CopyTable
 
@@ -169,4 +169,7 @@ class CudaBackend(Backend):
         """See `Backend.close`."""
         for queue in self._queues:
             queue.close()
+        if self._kernel is not None:
+            kernel, self._kernel = self._kernel, None
+            kernel.close()
         self.context.close()

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvswitch.messages import Direction
-from kvswitch_cuda.calibrate import COUNTS, SIZES
-from kvswitch_cuda.calibrate import calibrate as measure
 from kvswitch_cuda.dispatch import Way
+from kvswitch_cuda.measuring import COUNTS, SIZES
+from kvswitch_cuda.measuring import calibrate as measure
 from kvswitch_cuda.table import CopyTable, Sample
 
 __all__ = ["calibrate"]

@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -141,11 +141,10 @@ def _python_dispatch(driver: Driver) -> Callable[..., int]:
                 for first in range(begin, end, pieces):
                     count = min(pieces, end - first)
                     parameters[0] = count
-                    parameters[1 : 1 + count] = dst[first : first + count]
-                    parameters[1 + pieces : 1 + pieces + count] = src[first : first + count]
-                    parameters[1 + 2 * pieces : 1 + 2 * pieces + count] = nbytes[
-                        first : first + count
-                    ]
+                    for i in range(count):  # slices take numba seconds to compile
+                        parameters[1 + i] = dst[first + i]
+                        parameters[1 + pieces + i] = src[first + i]
+                        parameters[1 + 2 * pieces + i] = nbytes[first + i]
                     code = launch(
                         int(words[function]),
                         int(words[grid]),
@@ -174,6 +173,3 @@ def attributes_of_stream_order() -> npt.NDArray[np.int32]:
     attributes = np.zeros(6, np.int32)
     attributes[0] = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
     return attributes
-
-
-Dispatch = Callable[..., Any]

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvswitch.errors import TransferError
 from kvswitch_cuda.context import Context
 from kvswitch_cuda.dispatch import PIECES
 from kvswitch_cuda.driver import CudaError, CudaUnavailable
@@ -90,6 +91,7 @@ class CopyKernel:
                 "the copy kernel needs a GPU that knows pinned host memory by the host's addresses"
             )
         code = _cached(context.arch)
+        self._context: Final = context
         driver = context.driver
         try:
             with context:
@@ -99,6 +101,11 @@ class CopyKernel:
                 )
         except CudaError as error:
             raise CudaUnavailable(f"the driver does not load the copy kernel: {error}") from error
+
+    def close(self) -> None:
+        """Unload it. No launch may be under way."""
+        with suppress(TransferError), self._context:
+            self._context.driver("cuModuleUnload", self._module)
 
     @staticmethod
     def new_parameters() -> npt.NDArray[np.int64]:

@@ -102,15 +102,15 @@ def make_engine(
     )
 
 
-def _backend(device: torch.device, bandwidth: float | None, *, per_block: bool) -> Backend | None:
-    """What copies in a mode; None is kvswitch's own choice. On a GPU the link is the real one."""
+def _backend(device: torch.device, bandwidth: float | None, *, per_block: bool) -> Backend:
+    """What copies in a mode. On a GPU the link is the real one."""
     if device.type == "cuda":
-        if not per_block:
-            return None
         from kvswitch_cuda import CudaBackend
 
-        # One call for every piece, each waited for by the host before the one after the next.
-        return CudaBackend(device.index or 0, copies="loop", pacing="host", coalesce=False)
+        gpu = device.index or 0
+        if per_block:
+            return CudaBackend(gpu, copies="loop", pacing="host", coalesce=False)
+        return CudaBackend(gpu)
     return PerBlockBackend(bandwidth) if per_block else CpuBackend(bandwidth=bandwidth)
 
 

@@ -81,8 +81,9 @@ class Ready:
     Attributes
     ----------
     landed : mapping
-        Sequences whose swap-in has ended since the last step, with their valid tokens: what
-        `resume` promised, or less if a copy failed.
+        Sequences whose swap-in has ended since the last step (or which the device's stream has been
+        told to wait for), with their valid tokens: what `resume` promised, or less if a copy has
+        failed.
     arriving : mapping view
         Sequences still on their way: not to be run now.
     """
@@ -303,6 +304,11 @@ class KVSwitch:
         stream : optional
             The engine's compute stream (CUDA; default: the current one). Transfers wait for what it
             has been given so far, and what it is given next waits for those it depends on.
+
+        Raises
+        ------
+        TransferError
+            The device was lost while the stream relied on a transfer: nothing works on it any more.
         """
         self.dispatch(stream)
         return self.wait()

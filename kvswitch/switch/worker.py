@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from kvswitch.errors import TransferError
@@ -62,26 +62,44 @@ class SwapWorker:
             The engine's compute stream (CUDA): transfers wait for what it has been given so far.
         also : int, optional
             A transfer to `wait` for beside those in the orders.
+
+        Raises
+        ------
+        ConfigError
+            That is no stream. The transfers are reported as failed.
         """
         self._stream = stream
         self._wait.update(orders.wait)
         if also is not None:
             self._wait.add(also)
         if orders.transfers:
-            fence = self._backend.fence(stream)
-            for transfer in orders.transfers:
-                try:
-                    self._engine.submit(transfer, fence=fence)
-                except TransferError as error:
-                    self._refused.append(transfer.id)
-                    if not self._warned:  # a dead engine refuses everything from now on
-                        _log.warning("what cannot be swapped is recomputed: %s", error)
-                    self._warned = True
-                else:
-                    if self._on_started is not None:
-                        self._on_started(transfer)
+            self._submit(orders.transfers, stream)
         for transfer_id in orders.cancel:
             self._engine.cancel(transfer_id)
+
+    def _submit(self, transfers: Sequence[Transfer], stream: object | None) -> None:
+        try:
+            fence = self._backend.fence(stream)
+        except BaseException as error:  # without it nothing may be copied
+            self._refused += [transfer.id for transfer in transfers]
+            if not isinstance(error, TransferError):
+                raise
+            self._warn(error)
+            return
+        for transfer in transfers:
+            try:
+                self._engine.submit(transfer, fence=fence)
+            except TransferError as error:
+                self._refused.append(transfer.id)
+                self._warn(error)
+            else:
+                if self._on_started is not None:
+                    self._on_started(transfer)
+
+    def _warn(self, error: TransferError) -> None:
+        if not self._warned:  # a dead engine refuses everything from now on
+            _log.warning("what cannot be swapped is recomputed: %s", error)
+        self._warned = True
 
     def wait(self) -> float:
         """Block until the forward may run; for how many seconds that took (0: nothing to wait for).
@@ -94,7 +112,10 @@ class SwapWorker:
         if not self._wait:
             return 0.0
         started = perf_counter()
-        self._held |= self._engine.hold(self._wait, self._stream) - self._early
+        try:
+            self._held |= self._engine.hold(self._wait, self._stream) - self._early
+        except TransferError:  # then the caller waits, not the stream
+            self._engine.wait(self._wait)
         self._wait.clear()
         return perf_counter() - started
 

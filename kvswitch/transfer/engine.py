@@ -18,12 +18,10 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Final
 
-import numpy as np
-
 from kvswitch.errors import ConfigError, IntegrityError, TransferError
-from kvswitch.messages import BlockIds, Direction, Runs, Transfer
+from kvswitch.messages import BlockIds, Direction, Transfer
 from kvswitch.transfer.backend import Backend, Event
-from kvswitch.transfer.lane import BlockIndex, Job, Lane, Ledger
+from kvswitch.transfer.lane import Job, Lane, Ledger
 from kvswitch.transfer.layout import Layout
 from kvswitch.transfer.plan import check_runs
 from kvswitch.transfer.ticket import Ticket
@@ -35,7 +33,7 @@ class TransferEngine:
     """Moves blocks between device and host in the background.
 
     Nothing is done in Python for each block or copy: the dispatchers take the GIL a few times for
-    each transfer and once for each window.
+    each transfer and once for each window. What takes longer for more blocks is done by them, too.
 
     Parameters
     ----------
@@ -117,7 +115,6 @@ class TransferEngine:
             nbytes=num_blocks * lane.src.block_bytes,
             changed=self._ledger.changed,
         )
-        sides = _blocks(runs, num_blocks) if num_blocks else ()
         with self._ledger.lock:
             if self._ledger.dead is not None:
                 raise TransferError(self._ledger.obituary()) from self._ledger.dead
@@ -132,10 +129,6 @@ class TransferEngine:
                 found = self._ledger.under_way.get(earlier)
                 if found is not None and found.direction != transfer.direction:
                     after_other = max(after_other, earlier + 1)
-            for side, blocks in enumerate(sides):
-                # Our source is the other lane's destination.
-                after_other = max(after_other, lane.other.conflict(1 - side, blocks))
-                lane.touch(side, blocks, transfer.id + 1)
             self._last = transfer.id
             self._ledger.under_way[transfer.id] = ticket
             lane.add(Job(ticket, runs, fence, after_other))
@@ -189,7 +182,8 @@ class TransferEngine:
         out, back = self._lanes
         if device_blocks.min() < 0 or device_blocks.max() >= out.src.num_blocks:
             raise TransferError(f"device blocks are numbered 0 to {out.src.num_blocks - 1}")
-        with self._ledger.lock:
+        self._ledger.place()
+        with self._ledger.placing:
             marks = (out.conflict(0, device_blocks), back.conflict(1, device_blocks))
         return tuple(mark - 1 for mark in marks if mark)
 
@@ -289,16 +283,3 @@ class TransferEngine:
                 raise IntegrityError(f"jobs {sorted(jobs)}, but tickets {sorted(tickets)}")
             for lane in self._lanes:
                 lane.check_integrity()
-
-
-def _blocks(runs: Runs, num_blocks: int) -> tuple[BlockIndex, BlockIndex]:
-    """Index of all source blocks, and of all destination blocks."""
-    src, dst, count = runs.T
-    if len(runs) == 1:
-        one, other = int(src[0]), int(dst[0])
-        return slice(one, one + num_blocks), slice(other, other + num_blocks)
-    if len(runs) == num_blocks:
-        return src.astype(np.intp), dst.astype(np.intp)
-    position = np.arange(num_blocks)
-    before = np.cumsum(count) - count
-    return position + np.repeat(src - before, count), position + np.repeat(dst - before, count)

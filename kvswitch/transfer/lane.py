@@ -1,7 +1,7 @@
 """One direction of the transfer engine: its queue, and the thread that feeds it span by span.
 
-    submit -> waiting -> [may it begin?] -> lower ->  span, span, ...  -> end
-              (FIFO)      `after` and conflicts    at most two in flight  (FIFO)
+    submit -> waiting -> place -> [may it begin?] -> lower ->  span, span, ...  -> end
+              (FIFO)    (blocks)  `after`, conflicts       at most two in flight  (FIFO)
 
 A span is one window; or many, for a queue that lets others in between windows by itself.
 
@@ -9,7 +9,8 @@ Jobs of a lane begin in order, run in order (the queue's) and end in order. So o
 have ended, and waiting for the newest of some jobs is waiting for all of them.
 
 With nothing to dispatch, the dispatcher sleeps until the oldest span in flight has been copied. A
-job submitted during the very last span is therefore dispatched after it.
+job submitted during the very last window is therefore dispatched after it. Spans of many windows
+take too long for that: while one is in flight the dispatcher looks every now and then.
 """
 
 from __future__ import annotations
@@ -32,16 +33,22 @@ from kvswitch.transfer.ticket import Ticket
 
 __all__ = ["Job", "Lane", "Ledger"]
 
+_LOOK: Final = 5e-4  # seconds between two looks at a long span
 _SPANS_IN_FLIGHT: Final = 2  # one being copied, one behind it so that the queue never runs dry
 
 BlockIndex = slice | npt.NDArray[np.intp] | BlockIds
 
 
 class Ledger:
-    """What both lanes and the engine share. Everything here is guarded by `lock`."""
+    """What both lanes and the engine share, guarded by `lock` but for what `placing` guards.
+
+    What takes longer for more blocks is not done under `lock`, nor by who submits.
+    """
 
     def __init__(self) -> None:
         self.lock: Final = threading.Lock()
+        self.placing: Final = threading.Lock()  # guards the blocks of both lanes
+        self.unplaced: Final[deque[tuple[Lane, Job]]] = deque()  # oldest first
         self.changed: Final = threading.Condition(
             self.lock
         )  # some transfer was dispatched or ended
@@ -49,6 +56,15 @@ class Ledger:
         self.ended: Final[deque[Ticket]] = deque()  # not yet polled
         self.closed = False
         self.dead: BaseException | None = None  # what a thread died of
+
+    def place(self) -> None:
+        """Note which blocks new jobs touch, and what these have to come after, oldest first."""
+        if self.unplaced:
+            with self.placing:
+                while self.unplaced:
+                    lane, job = self.unplaced[0]
+                    lane.place(job)
+                    self.unplaced.popleft()  # not before: who finds none relies on it
 
     def obituary(self) -> str:
         """What to tell those who still want something from a dead engine."""
@@ -66,12 +82,13 @@ class Job:
     mark : int
         Its id + 1, so that 0 is older than all.
     after_other : int
-        The mark to which the other lane must have come before this job may begin.
+        The mark to which the other lane must have come before this job may begin; final when it
+        has been `placed`.
     """
 
     __slots__ = (
-        "after_other", "begin", "cancelled", "complete", "end", "failure", "fence", "mark", "runs",
-        "ticket",
+        "after_other", "begin", "cancelled", "complete", "end", "failure", "fence", "mark",
+        "placed", "runs", "ticket",
     )  # fmt: skip
 
     def __init__(self, ticket: Ticket, runs: Runs, fence: Event | None, after_other: int) -> None:
@@ -79,7 +96,8 @@ class Job:
         self.mark: Final = ticket.id + 1
         self.runs: Final = runs
         self.fence: Final = fence
-        self.after_other: Final = after_other
+        self.after_other = after_other
+        self.placed = False
         self.cancelled = False
         self.complete = False  # every window has been dispatched
         self.failure: BaseException | None = None
@@ -136,21 +154,29 @@ class Lane:
         """Wait until the dispatcher has ended."""
         self._thread.join()
 
-    # These are called with the ledger's lock held.
+    # These are called with the ledger's `placing` held.
 
     def conflict(self, side: int, blocks: BlockIndex) -> int:
         """Mark of the newest job under way touching blocks of `side` (0: source), or 0."""
         newest = int(self.newest[side][blocks].max()) if self.jobs else 0
         return newest if newest > self.done else 0
 
-    def touch(self, side: int, blocks: BlockIndex, mark: int) -> None:
-        """Note that the job with this mark touches these blocks."""
-        self.newest[side][blocks] = mark
+    def place(self, job: Job) -> None:
+        """Note the blocks of a job, and which jobs of the other lane touch them."""
+        num_blocks = job.ticket.num_blocks
+        for side, blocks in enumerate(_blocks(job.runs, num_blocks) if num_blocks else ()):
+            # Our source is the other lane's destination.
+            job.after_other = max(job.after_other, self.other.conflict(1 - side, blocks))
+            self.newest[side][blocks] = job.mark
+        job.placed = True
+
+    # These are called with the ledger's `lock` held.
 
     def add(self, job: Job) -> None:
         """Take a job on."""
         self.jobs.append(job)
         self._waiting.append(job)
+        self._ledger.unplaced.append((self, job))
         self._wake.notify()
 
     def cancel(self, mark: int | None = None) -> None:
@@ -199,24 +225,40 @@ class Lane:
     def _serve(self) -> None:
         ledger = self._ledger
         while ledger.dead is None:
+            ledger.place()
             with ledger.lock:
-                while (job := self._next()) is None and not self._flying:
+                while (job := self._next()) is None and not self._flying and not ledger.unplaced:
                     if ledger.dead is not None or (ledger.closed and not self._waiting):
                         return
                     self._wake.wait()
             if job is not None:
                 self._dispatch(job)
-            else:
+            elif self._flying and not ledger.unplaced and self._landed():
                 self._reap()
+
+    def _landed(self) -> bool:
+        """Whether the oldest span has been, or is to be, waited for; not while a job may begin."""
+        _, event = self._flying[0]
+        assert event is not None
+        if self._span == 1:
+            return True
+        while not event.done():
+            with self._ledger.lock:
+                if self._ledger.unplaced or self._may_begin() or self._ledger.dead is not None:
+                    return False
+                self._wake.wait(_LOOK)
+        return True
+
+    def _may_begin(self) -> bool:
+        """Whether the oldest waiting job may begin."""
+        if not self._waiting:
+            return False
+        job = self._waiting[0]
+        return job.cancelled or (job.placed and self.other.done >= job.after_other)
 
     def _next(self) -> Job | None:
         """Take the oldest waiting job if it may begin."""
-        if not self._waiting:
-            return None
-        job = self._waiting[0]
-        if self.other.done < job.after_other and not job.cancelled:
-            return None
-        return self._waiting.popleft()
+        return self._waiting.popleft() if self._may_begin() else None
 
     def _dispatch(self, job: Job) -> None:
         if not self._dropped(job):
@@ -313,3 +355,16 @@ class Lane:
     def _wake_both(self) -> None:
         for lane in (self, self.other):
             lane._wake.notify()
+
+
+def _blocks(runs: Runs, num_blocks: int) -> tuple[BlockIndex, BlockIndex]:
+    """Index of all source blocks, and of all destination blocks."""
+    src, dst, count = runs.T
+    if len(runs) == 1:
+        one, other = int(src[0]), int(dst[0])
+        return slice(one, one + num_blocks), slice(other, other + num_blocks)
+    if len(runs) == num_blocks:
+        return src.astype(np.intp), dst.astype(np.intp)
+    position = np.arange(num_blocks)
+    before = np.cumsum(count) - count
+    return position + np.repeat(src - before, count), position + np.repeat(dst - before, count)

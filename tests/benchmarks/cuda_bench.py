@@ -145,7 +145,6 @@ class Bench:
             tickets = [
                 engine.submit(Transfer(next(self.numbers), direction, runs))
                 for direction, runs in ((OUT, one), (IN, other[:, [1, 0, 2]]))
-                for _ in range(1)
             ]
             engine.drain()
             engine.poll()

@@ -31,7 +31,6 @@ def test_every_section_runs_and_every_aim_is_judged(
     fake_cuda.reset(pause_us=20)
     monkeypatch.setattr(sys, "argv", ["cuda_bench.py"])
     monkeypatch.setitem(sys.modules, "cuda_plots", load("cuda_plots"))
-    monkeypatch.setattr("kvswitch_cuda.calibrate._QUICK", (8 << 20, 1))
     bench = load("cuda_bench")
     output = tmp_path / "cuda.json"
     found = bench.main(["--quick", "--memory", "64", "--output", str(output)])

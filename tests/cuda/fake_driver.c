@@ -3,6 +3,8 @@
 //
 // It is as strict as the real one where code goes wrong unnoticed:
 //   * work takes effect late: never during the call, after a random pause, in stream order;
+//   * each direction has one copy engine, which stays with a stream as long as that has copies ready
+//     and then goes to who has waited longest, whatever the priority;
 //   * copies of a batch and pieces of a kernel run in random order;
 //   * with access order ANY, sources are read at once, before what the stream waits for;
 //   * a wait on an event that has not been recorded does not wait, and one on an event that is
@@ -37,9 +39,9 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 
 typedef struct { int device, references; } Context;
 typedef struct { word base, nbytes; int device, flags; } Range;  // device -1: registered host memory
-typedef struct { Context* context; word recorded, reached; double time; unsigned flags; } Event;
+typedef struct { Context* context; int is_event; word recorded, reached; double time; unsigned flags; } Event;
 typedef struct Work {
-    enum { COPIES, RECORD, WAIT } kind;
+    enum { COPIES, KERNEL, RECORD, WAIT } kind;
     Event* event;
     word version, count, *dst, *src, *nbytes;
     char* early;  // what ANY order has read already
@@ -47,11 +49,13 @@ typedef struct Work {
 } Work;
 typedef struct {
     Context* context;
+    int is_event;
     Work *head, *tail;
     pthread_t thread;
     int ending;
 } Stream;
 
+static struct { Stream* owner; word next, serving; } engines[2];  // by direction: a queue of tickets
 static Context contexts[DEVICES];
 static Stream* defaults[DEVICES];
 static void* live[1 << 14];  // events and streams
@@ -133,6 +137,21 @@ static void run(Work* work) {  // without the lock
     for (word i = work->count / 2; i < work->count; i++) move(work, order[i]);
     free(order);
 }
+static int direction_of(Work* work);
+static void take_engine(Stream* stream, int direction) {
+    if (engines[direction].owner == stream) return;
+    word ticket = engines[direction].next++;
+    while ((engines[direction].owner || engines[direction].serving != ticket) && !now.lost)
+        pthread_cond_wait(&changed, &lock);
+    engines[direction].owner = stream;
+    engines[direction].serving = ticket + 1;
+}
+static void leave_engine(Stream* stream, int direction) {
+    Work* next = stream->head;
+    if (next && next->kind == COPIES && direction_of(next) == direction && !now.lost) return;
+    engines[direction].owner = NULL;
+    pthread_cond_broadcast(&changed);
+}
 static void* serve(void* argument) {
     Stream* stream = argument;
     pthread_mutex_lock(&lock);
@@ -140,7 +159,9 @@ static void* serve(void* argument) {
         while (!stream->head && !stream->ending) pthread_cond_wait(&changed, &lock);
         Work* work = stream->head;
         if (!work) break;
-        if (work->kind == COPIES && !now.lost) {
+        int copying = work->kind == COPIES && !now.lost, direction = copying ? direction_of(work) : 0;
+        if (copying) take_engine(stream, direction);
+        if ((copying || work->kind == KERNEL) && !now.lost) {
             if (now.break_in && !--now.break_in) {
                 now.lost = ILLEGAL_ADDRESS;
             } else {
@@ -157,6 +178,7 @@ static void* serve(void* argument) {
         }
         stream->head = work->next;
         if (!stream->head) stream->tail = NULL;
+        if (copying) leave_engine(stream, direction);
         free(work->dst), free(work->src), free(work->nbytes), free(work->early), free(work);
         pthread_cond_broadcast(&changed);
     }
@@ -194,6 +216,10 @@ static Range* holding(word address, word nbytes) {
     for (int i = 0; i < num_ranges; i++)
         if (ranges[i].base <= address && address + nbytes <= ranges[i].base + ranges[i].nbytes) return &ranges[i];
     return NULL;
+}
+static int direction_of(Work* work) {  // 0: device to host
+    Range* to = holding(work->dst[0], work->nbytes[0]);
+    return to && to->device >= 0;
 }
 static int between(Context* context, word dst, word src, word nbytes) {
     Range *to = holding(dst, nbytes), *from = holding(src, nbytes);
@@ -330,11 +356,19 @@ int cuMemcpyBatchAsync_v2(word* dst, word* src, word* nbytes, word count, int* a
 // ---- the kernel --------------------------------------------------------------------------------
 
 static char function[] = "copy_runs";
+static int modules;
 
 int cuModuleLoadData(void** module, const void* image) {
     ENTER(CONTEXT | UNSAFE);
     REQUIRE(!memcmp(image, "\177ELF", 4), INVALID_IMAGE);
     *module = function;
+    modules++;
+    return leave(SUCCESS);
+}
+int cuModuleUnload(void* module) {
+    ENTER(CONTEXT | UNSAFE);
+    REQUIRE(module == function && modules, INVALID_HANDLE);
+    modules--;
     return leave(SUCCESS);
 }
 int cuModuleGetFunction(void** found, void* module, const char* name) {
@@ -352,6 +386,7 @@ int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
     word *runs = parameters[0], count = runs[0], *dst = runs + 1, *src = dst + PIECES, *nbytes = src + PIECES;
     REQUIRE(count && count <= PIECES, INVALID_VALUE);
     Work* work = copies(dst, src, nbytes, count, 0);
+    work->kind = KERNEL;
     for (word i = 0; i < count; i++)  // a real kernel would fault, later
         if (!between(stream->context, dst[i], src[i], nbytes[i])) now.break_in = 1;
     give(stream, work);
@@ -405,7 +440,7 @@ int cuEventCreate(void** event, unsigned flags) {
     ENTER(CONTEXT);
     REQUIRE(flags < 4, INVALID_VALUE);
     Event* made = calloc(1, sizeof *made);
-    made->context = current(), made->flags = flags;
+    made->context = current(), made->is_event = 1, made->flags = flags;
     *event = live[num_live++] = made;
     return leave(SUCCESS);
 }
@@ -490,7 +525,9 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 int cuDevicePrimaryCtxRelease_v2(int device) {
     ENTER(PLAIN);
     REQUIRE(contexts[device].references > 0, INVALID_CONTEXT);
-    contexts[device].references--;
+    if (!--contexts[device].references)  // events go with their context; streams are to be closed
+        for (int i = num_live; i--;)
+            if (((Event*)live[i])->is_event && ((Event*)live[i])->context == &contexts[device]) live[i] = live[--num_live];
     return leave(SUCCESS);
 }
 int cuCtxPushCurrent_v2(Context* context) {
@@ -550,6 +587,12 @@ int cuGetProcAddress(const char* name, void** found, int version, word flags) {
 
 void fake_reset(word seed, word pause_us, word bandwidth) {
     pthread_mutex_lock(&lock);
+    if (now.lost) {  // all was lost with it
+        num_live = 0;
+        memset(defaults, 0, sizeof defaults);
+        memset(engines, 0, sizeof engines);
+        modules = 0;
+    }
     memset(&now, 0, sizeof now);
     memset(counts, 0, sizeof counts);
     now.version = 13000, now.devices = DEVICES;
@@ -587,6 +630,7 @@ long fake_left(const char* what) {  // what has not been given back
     if (!strcmp(what, "handles")) left = num_live - (defaults[0] != NULL) - (defaults[1] != NULL);
     if (!strcmp(what, "ranges")) left = num_ranges;
     if (!strcmp(what, "references")) for (int i = 0; i < DEVICES; i++) left += contexts[i].references;
+    if (!strcmp(what, "modules")) left = modules;
     if (!strcmp(what, "spoiled")) left = now.spoiled;
     pthread_mutex_unlock(&lock);
     return left;

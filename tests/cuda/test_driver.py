@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_a_driver_without_batches_copies_in_a_loop(
         CudaBackend(0, copies="batch")
     fake_cuda.reset(pause_us=0)
     fake_cuda.set("version", 12040)
-    fake_cuda.set("device_memory", 1 << 20)  # too little to measure
+    fake_cuda.set("device_memory", 1 << 16)  # too little to measure
     made = CudaBackend(0)
     device, host = fake_cuda.device(4096), fake_cuda.host(4096)
     layouts = [Layout((Region(m.address, 64, 64),), 64) for m in (device, host)]
@@ -77,6 +78,18 @@ def test_a_driver_without_batches_copies_in_a_loop(
         runs = np.array([[0, 3, 20], [30, 40, 2]], np.int32)
         engine.submit(Transfer(0, Direction.OUT, runs)).wait(PATIENCE)
     assert fake_cuda.calls("cuMemcpyAsync") == 2
+
+
+def test_without_numba_windows_are_dispatched_in_python(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from kvswitch_cuda import dispatch
+    from kvswitch_cuda.driver import Driver
+
+    monkeypatch.setitem(sys.modules, "numba", None)
+    made = dispatch.make_dispatch.__wrapped__(Driver.load())
+    assert made.__name__ == "dispatch"
+    assert "kvswitch[cuda]" in caplog.text
 
 
 def test_without_a_driver_a_gpu_backend_says_so() -> None:
@@ -92,6 +105,13 @@ except ConfigError as error:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     assert "no CUDA driver here" in run.stdout or "not in GPU memory" in run.stdout
+
+
+def test_the_folder_of_this_name_does_not_hide_cuda_python() -> None:
+    root = Path(__file__).parents[2]
+    assert (root / "cuda").is_dir()
+    script = "import cuda.bindings.driver, kvswitch_cuda"
+    subprocess.run([sys.executable, "-c", script], cwd=root, timeout=60, check=True)
 
 
 # Streams

@@ -49,7 +49,7 @@ CALLS_AT_START = [
     ("cuDevicePrimaryCtxRetain", 1),
     ("cuDevicePrimaryCtxRetain", 2),
     ("cuCtxPushCurrent_v2", 1),
-    ("cuCtxPushCurrent_v2", 4),
+    ("cuCtxPushCurrent_v2", 3),
     ("cuMemHostRegister_v2", 1),
     ("cuCtxGetStreamPriorityRange", 1),
     *(("cuStreamCreateWithPriority", nth) for nth in range(1, 5)),

@@ -96,7 +96,7 @@ def test_a_table_is_kept_for_its_gpu_and_driver(
 def test_calibration_measures_every_way_in_both_directions(
     fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvswitch_cuda import calibrate as module
+    from kvswitch_cuda import measuring as module
 
     monkeypatch.setattr(module, "_THOROUGH", (1 << 20, 1))
     fake_cuda.reset(pause_us=0)
@@ -115,8 +115,8 @@ def test_the_command_says_what_it_chose_and_why(
 ) -> None:
     from click.testing import CliRunner
 
-    from kvswitch_cuda import calibrate as module
     from kvswitch_cuda import command
+    from kvswitch_cuda import measuring as module
 
     monkeypatch.setattr(module, "_THOROUGH", (4 << 20, 1))
     fake_cuda.reset(pause_us=0)
@@ -132,10 +132,8 @@ def test_a_backend_measures_once_and_keeps_what_it_found(
     fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from kvswitch_cuda import CudaBackend
-    from kvswitch_cuda import calibrate as module
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "_QUICK", (1 << 20, 1))
     fake_cuda.reset(pause_us=0)
     CudaBackend(0).close()
     calls = fake_cuda.calls("cuMemcpyBatchAsync")
@@ -155,7 +153,7 @@ def test_a_gpu_that_is_full_is_served_unmeasured(
     from kvswitch_cuda import CudaBackend
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fake_cuda.set("device_memory", 1 << 20)
+    fake_cuda.set("device_memory", 1 << 16)
     backend = CudaBackend(0)
     assert "kvswitch calibrate" in caplog.text
     backend.open_queue(OUT)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from kvswitch.errors import TransferError
+from kvswitch.errors import ConfigError, TransferError
 from kvswitch.messages import Direction, SwapOrders, Transfer
 from kvswitch.switch import SwapWorker
 from kvswitch.transfer import CpuBackend, Event, Queue, TransferEngine, layout_of
@@ -114,6 +115,40 @@ def test_a_transfer_that_fails_under_a_stream_that_relies_on_it_is_no_small_matt
     with pytest.raises(TransferError, match="lost"):
         worker.report()
     assert worker.report().failed == ()
+
+
+def test_a_stream_that_cannot_be_told_to_wait_makes_the_caller_wait(
+    worker: SwapWorker,
+    engine: TransferEngine,
+    backend: StreamBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hold(*_: object) -> None:
+        raise TransferError("no")
+
+    monkeypatch.setattr(backend, "hold", hold)
+    worker.submit(orders(0, IN, 0), "stream")
+    assert worker.wait() > 0
+    assert worker.report().completed == (0,)
+
+
+@pytest.mark.parametrize(("error", "told"), [(TransferError, False), (ConfigError, True)])
+def test_without_a_fence_nothing_is_copied_and_everything_reported(
+    error: type[Exception],
+    told: bool,
+    worker: SwapWorker,
+    engine: TransferEngine,
+    backend: StreamBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fence(stream: object) -> None:
+        raise error("no")
+
+    monkeypatch.setattr(backend, "fence", fence)
+    with pytest.raises(error) if told else contextlib.nullcontext():
+        worker.submit(orders(0, OUT), "stream")
+    assert worker.report().failed == (0,)
+    assert engine.poll() == []
 
 
 def test_one_that_fails_before_it_is_reported_has_failed(

@@ -12,7 +12,7 @@ import pytest
 
 from kvswitch.errors import ConfigError, IntegrityError, TransferError
 from kvswitch.messages import Direction, Transfer
-from kvswitch.transfer import CpuBackend, TransferEngine, coalesce, engine, layout_of
+from kvswitch.transfer import CpuBackend, TransferEngine, coalesce, lane, layout_of
 
 OUT, IN = Direction
 PATIENCE = 20.0
@@ -333,6 +333,24 @@ def test_windows_are_given_in_spans_to_queues_that_pace_themselves(
     assert sum(queue.moved) == 8 * 64
 
 
+def test_a_transfer_is_dispatched_behind_a_long_span_not_after_it(
+    make_world: Any, chaos: Any, until: Until
+) -> None:
+    backend = chaos(has_streams=True)
+    backend.span_bytes = 1 << 20
+    world = make_world(backend)
+    backend.pause(OUT)
+    first = world.out(blocks(0, 6), blocks(0, 6))
+    until(lambda: len(backend.queues[OUT].given) == 1)
+    time.sleep(SHORT)  # the dispatcher waits for the first one
+    second = world.out([9], [9])
+    until(lambda: len(backend.queues[OUT].given) == 2)
+    assert world.engine.hold([second.id], backend.stream()) == {second.id}
+    assert not first.done
+    backend.resume()
+    assert world.wrong() == []
+
+
 # Bad input
 
 
@@ -424,6 +442,6 @@ def test_index_of_blocks_is_right_for_any_runs() -> None:
         count = rng.integers(1, rng.integers(2, 6), rng.integers(1, 10))
         first = rng.integers(0, 100, (2, len(count)))
         runs = np.stack([*first, count], axis=1).astype(np.int32)
-        for side, index in enumerate(engine._blocks(runs, int(count.sum()))):
+        for side, index in enumerate(lane._blocks(runs, int(count.sum()))):
             expected = [b + i for b, n in zip(first[side], count, strict=True) for i in range(n)]
             assert np.arange(200)[index].tolist() == expected

@@ -143,7 +143,10 @@ def _ways(context: Context) -> Iterator[tuple[Way, CopyKernel | None]]:
         kernel = CopyKernel(context)
     except CudaUnavailable:
         return
-    yield Way.KERNEL, kernel
+    try:
+        yield Way.KERNEL, kernel
+    finally:
+        kernel.close()
 
 
 @contextmanager
