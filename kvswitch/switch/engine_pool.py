@@ -1,8 +1,8 @@
 """The planner for engines that hand out device blocks themselves.
 
 `SwapManager` owns the device pool. Where the engine has one of its own, with reference counts and a
-prefix cache (vLLM), `EngineSwapManager` plans the same copies for blocks that it is told of. Its
-two rules are those of `SwapManager`, kept by other means:
+prefix cache (vLLM), `EngineSwapManager` plans the same copies for blocks it is told of. Its two
+rules are those of `SwapManager`, kept by other means:
 
 * a block that a swap-out reads is *held*, by a reference in the engine's pool, until that has ended;
 * where the engine needs such a block earlier, the hold is given up (`give_way`): the block is
@@ -21,7 +21,7 @@ import numpy as np
 from kvswitch.config import StrategyName
 from kvswitch.copies import Fill, HostCopies, Lease
 from kvswitch.errors import ConfigError, HostMemoryExhausted, IntegrityError, InvalidTransition
-from kvswitch.messages import BlockIds, Direction, Observations, SwapOrders, Transfer
+from kvswitch.messages import Direction, Observations, SwapOrders, Transfer
 from kvswitch.switch.orders import OrderList
 from kvswitch.switch.stats import SwapStats
 from kvswitch.switch.strategy import Arrival, Strategy
@@ -430,9 +430,7 @@ class EngineSwapManager(OrderList):
                 self._forget(owner)
             return None
 
-    def _send(
-        self, owner: Hashable, fill: Fill, ids: list[int], *, hold: bool, last: bool
-    ) -> None:
+    def _send(self, owner: Hashable, fill: Fill, ids: list[int], *, hold: bool, last: bool) -> None:
         transfer = self.plan(Direction.OUT, coalesce(np.array(ids, np.int32), fill.blocks))
         out = self._out[transfer.id] = _Out(transfer, owner, fill, ids, hold, last)
         if hold:

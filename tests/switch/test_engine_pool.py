@@ -85,7 +85,9 @@ class World:
             else:
                 self.device[dst] = self.host[src]
         ended = (transfer,)
-        self.planner.observe(Observations(completed=ended if ok else (), failed=() if ok else ended))
+        self.planner.observe(
+            Observations(completed=ended if ok else (), failed=() if ok else ended)
+        )
         self.planner.check_integrity()
 
     def rest(self) -> None:
@@ -294,7 +296,7 @@ def test_random_walk_never_brings_wrong_bytes(seed: int) -> None:
                 del away[name]
                 planner.drop(name)
             case "land" if world.under_way:
-                transfer, direction, pairs = world.under_way[0]
+                _, direction, pairs = world.under_way[0]
                 ok = rng.random() < 0.85
                 world.land(ok=ok)
                 if direction is Direction.IN:

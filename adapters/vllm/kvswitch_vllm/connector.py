@@ -125,7 +125,7 @@ class KVSwitchConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Get the host memory, and know the device's."""
-        if not self._settings.preemption == "switch":
+        if self._settings.preemption != "switch":
             return
         self._moving = Moving(
             kv_caches,

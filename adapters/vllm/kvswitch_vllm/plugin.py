@@ -24,7 +24,7 @@ _DONE = "_kvswitch_registered"
 
 
 def transfer_config(settings: Mapping[str, Any] | None = None) -> Any:
-    """vLLM's ``KVTransferConfig`` for kvswitch, for ``LLM(kv_transfer_config=...)``.
+    """VLLM's ``KVTransferConfig`` for kvswitch, for ``LLM(kv_transfer_config=...)``.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def _mapping(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object, such as '{\"host_memory\": \"32GiB\"}'")
+        raise argparse.ArgumentTypeError('not a JSON object, such as \'{"host_memory": "32GiB"}\'')
     return value
 
 
@@ -130,7 +130,7 @@ def _wrap_command_line(engine_args: Any) -> None:
             default=None,
             action=_Offload,
             metavar="JSON",
-            help="Settings of kvswitch, such as '{\"host_memory\": \"32GiB\"}'. There are: "
+            help='Settings of kvswitch, such as \'{"host_memory": "32GiB"}\'. There are: '
             + ", ".join(Settings.__struct_fields__),
         )
         return parser

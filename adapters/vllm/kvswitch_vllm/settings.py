@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from kvswitch.config import Config
 from kvswitch.errors import ConfigError
 
@@ -27,7 +29,7 @@ class Settings(Config, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     policy: str = "fixed"
-    policy_settings: dict[str, Any] = {}
+    policy_settings: dict[str, Any] = msgspec.field(default_factory=dict)
     epoch: int = 25
     quantum: int = 5
 

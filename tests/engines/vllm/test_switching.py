@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+
 from kvswitch_vllm.moving import Moving
 
 COUNT, LENGTH, OUTPUT, BLOCKS = 8, 150, 120, 30  # 30 blocks: room for three or four of eight
@@ -118,9 +119,7 @@ def test_recompute_sends_nothing(make_engine: Any, reference: Any) -> None:
     assert engine.planning.recomputed_tokens > 0
 
 
-def test_too_little_host_memory_costs_recomputation_only(
-    make_engine: Any, reference: Any
-) -> None:
+def test_too_little_host_memory_costs_recomputation_only(make_engine: Any, reference: Any) -> None:
     engine = make_engine({"host_memory": "2MiB"}, blocks=BLOCKS)
     engine.add_batch(COUNT, LENGTH, OUTPUT)
     engine.run(churn(engine))

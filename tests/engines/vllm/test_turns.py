@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from kvswitch_vllm import moving
 
 from kvswitch.errors import TransferError
 from kvswitch.messages import Direction
 from kvswitch.transfer import Backend, CpuBackend, Queue
+from kvswitch_vllm import moving
 
 
 class Failing(CpuBackend):
@@ -98,9 +98,7 @@ def test_failing_copies_cost_recomputation_only(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_aborts_leak_nothing(
-    make_engine: Any, reference: Any, asynchronous: bool
-) -> None:
+def test_aborts_leak_nothing(make_engine: Any, reference: Any, asynchronous: bool) -> None:
     """Requests are aborted while running, waiting, leaving and arriving."""
     engine = make_engine({"strategy": "async"}, blocks=30, asynchronous=asynchronous)
     engine.add_batch(8, 150, 120)
@@ -133,7 +131,9 @@ def test_reset_forgets_every_copy(
     for _ in range(60):
         engine.step()
     assert engine.stats.preemptions > 0
-    while any(r.status.name == "WAITING_FOR_REMOTE_KVS" for r in engine.scheduler.requests.values()):
+    while any(
+        r.status.name == "WAITING_FOR_REMOTE_KVS" for r in engine.scheduler.requests.values()
+    ):
         engine.step()  # vLLM cannot reset while a load is under way
     assert engine.core.reset_prefix_cache(reset_running_requests=True)
     copies = engine.planning.planner.copies
