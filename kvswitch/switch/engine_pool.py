@@ -4,7 +4,7 @@
 prefix cache (vLLM), `EngineSwapManager` plans the same copies for blocks it is told of. Its two
 rules are those of `SwapManager`, kept by other means:
 
-* a block that a swap-out reads is *held*, by a reference in the engine's pool, until that has ended;
+* a block that a swap-out reads is *held*, by a reference in the engine's pool, until it has ended;
 * where the engine needs such a block earlier, the hold is given up (`give_way`): the block is
   *leaving*, and whoever writes it (`written`) waits for that one transfer first.
 """
@@ -28,6 +28,9 @@ from kvswitch.switch.strategy import Arrival, Strategy
 from kvswitch.transfer.plan import coalesce
 
 __all__ = ["EnginePool", "EngineSwapManager"]
+
+_LEAST = float("-inf")
+"""Priority of those that have ended: they take host memory from nobody."""
 
 
 class EnginePool(Protocol):
@@ -350,6 +353,8 @@ class EngineSwapManager(OrderList):
         self._keys.clear()
         for one in idle:
             self._forget(one.owner)
+        for out in self._out.values():
+            self.cancel(out.transfer)
         self.give_way(self.held_blocks)
 
     # -- Algorithm 1 -----------------------------------------------------------------------------
@@ -456,7 +461,7 @@ class EngineSwapManager(OrderList):
             tokens = kept * self.block_tokens
             held = idle.blocks[:kept]
             if tokens:
-                fill = self._fill(idle.owner, tokens, idle.keys, 0.0)
+                fill = self._fill(idle.owner, tokens, idle.keys, _LEAST)
                 if fill is not None:
                     ids = held[fill.first : fill.first + len(fill.blocks)]
                     self._send(idle.owner, fill, ids, hold=True, last=True)

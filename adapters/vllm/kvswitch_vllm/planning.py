@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from vllm.v1.request import RequestStatus
-
 from kvswitch.messages import Observations, decode_observations, encode
 from kvswitch.switch import EngineSwapManager, RankReports
 from kvswitch_vllm.block_pool import GroupQueue, VllmPool, install_groups
@@ -203,8 +201,7 @@ class Planning:
         self._left.pop(name, None)
         self._tables.pop(name, None)
         self._keys.pop(name, None)
-        loading = name in self._loading and request.status != RequestStatus.RUNNING
-        if loading or not ids or not self._swap:
+        if name in self._loading or not ids or not self._swap:
             self.planner.drop(name)
             return
         tokens = request.num_computed_tokens

@@ -170,6 +170,9 @@ def _wrap_configuration(engine_args: Any) -> None:
         if self.scheduler_cls is None:
             self.scheduler_cls = checks.SCHEDULER
             self.scheduling_policy = "priority"  # first come, first served among equals
+            if getattr(self, "watermark", None) == 0:
+                settings = Settings.from_mapping(transfer.kv_connector_extra_config or {})
+                self.watermark = settings.headroom
         config = create(self, *args, **kwargs)
         checks.check_config(config)
         return config

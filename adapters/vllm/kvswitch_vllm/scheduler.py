@@ -39,9 +39,9 @@ class SwitchMixin:
         super().__init__(*args, **kwargs)
         self._planning = self.connector.planning
         self._planning.attach_scheduler(self)
-        settings = self._planning.settings
-        self._priorities = Priorities(settings)
-        self._headroom = int(settings.headroom * self.kv_cache_config.num_blocks)
+        self._priorities = Priorities(self._planning.settings)
+        # What vLLM leaves free beside whoever it admits.
+        self._headroom = int(getattr(self.kv_cache_manager, "watermark_blocks", 0))
         self._scheduling = False
         self._in_before: set[str] = set()
 
@@ -88,12 +88,6 @@ class SwitchMixin:
         self._priorities.remove(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """No copy made before may be used after it."""
-        done: bool = super().reset_prefix_cache(*args, **kwargs)
-        self._planning.reset()
-        return done
-
     # -- priorities ------------------------------------------------------------------------------
 
     def set_request_priority(self, name: str, priority: float) -> int:
@@ -134,6 +128,14 @@ class SwitchMixin:
         lowest = max(request.priority for request in self.running)
         if self.waiting.peek_request().priority >= lowest:
             return
+        running = self.running
+        slots = self.max_num_running_reqs - self._slots_elsewhere()
+        room = self._room()
+        head = self.waiting.peek_request()
+        if len(running) < slots and self._need(head) + self._headroom <= room:
+            return  # vLLM admits it; the next one is looked at in the next iteration
+        if all(map(self._priorities.protected, running)):
+            return
         waiting = [
             request
             for request in heapq.nsmallest(_MOST, self.waiting._heap)
@@ -142,19 +144,15 @@ class SwitchMixin:
         ]
         if not waiting:
             return
-        running = self.running
         needs = np.array([self._need(r) for r in waiting] + [self._held(r) for r in running])
-        room = self._room()
         ranks = np.array([r.priority for r in waiting] + [r.priority for r in running])
         is_running = np.arange(len(ranks)) >= len(waiting)
         arrivals = [r.arrival_time for r in waiting] + [r.arrival_time for r in running]
         order = np.lexsort((np.array(arrivals), ~is_running, ranks))
         capacity = room + int(needs[is_running].sum())
-        margin = np.where(is_running[order], self._headroom // 2, self._headroom)
+        margin = np.where(is_running[order], 0, self._headroom)
         target = np.zeros(len(ranks), np.bool_)
-        target[order] = take_greedily(
-            needs[order], margin, capacity, self.max_num_running_reqs - self._slots_elsewhere()
-        )
+        target[order] = take_greedily(needs[order], margin, capacity, slots)
         # vLLM admits from the top and stops at the first that does not fit.
         waiting_order = [i for i in order.tolist() if not is_running[i]]
         newcomers = []
@@ -171,9 +169,11 @@ class SwitchMixin:
         ]
         if not newcomers:
             return
-        slots = self.max_num_running_reqs - self._slots_elsewhere() - len(running)
         ins, outs = exchange(
-            needs[newcomers], needs[victims], room=room - self._headroom // 2, places=slots
+            needs[newcomers],
+            needs[victims],
+            room=room - self._headroom,
+            places=slots - len(running),
         )
         if not ins:
             return
@@ -183,7 +183,7 @@ class SwitchMixin:
             self._preempt_request(request, time.monotonic())
             # Its next batch is to be told all of its tokens anew.
             self.prev_step_scheduled_req_ids.discard(request.request_id)
-        short = int(needs[newcomers[:ins]].sum()) - self._planning.pool.free_blocks
+        short = int(needs[newcomers[:ins]].sum()) + self._headroom - self._planning.pool.free_blocks
         if short > 0:
             self._planning.planner.give_way(short)
 
@@ -265,7 +265,7 @@ def _unexpected() -> str | None:
     parameters = inspect.signature(Scheduler._preempt_request).parameters
     if list(parameters)[1:3] != ["request", "timestamp"]:
         return f"_preempt_request takes {list(parameters)}"
-    for name in ("_free_request", "_inflight_prefill_reserved_blocks", "reset_prefix_cache"):
+    for name in ("_free_request", "_inflight_prefill_reserved_blocks"):
         if not callable(getattr(Scheduler, name, None)):
             return f"no {name}"
     return None
