@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from kvswitch_vllm.block_pool import GroupQueue, install_groups
 
 with warnings.catch_warnings():
