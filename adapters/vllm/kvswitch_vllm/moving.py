@@ -53,13 +53,18 @@ class Moving:
                 f"kvswitch: rank {rank} has blocks of {layout.block_bytes} bytes, the scheduler "
                 f"counts {block_bytes}: this model's KV cache is not supported"
             )
-        backend = make_backend(settings.backend, kv_caches)
-        self._arena = HostArena(host_blocks * block_bytes)
+        backend = make_backend(settings.backend, kv_caches, layout)
+        try:
+            self._arena: HostArena = backend.host_arena(host_blocks * block_bytes)
+        except BaseException:
+            backend.close()
+            raise
         try:
             self._engine = TransferEngine(
                 backend, layout, self._arena.layout(layout), window_bytes=settings.window_bytes
             )
         except BaseException:
+            backend.close()
             self._arena.close()
             raise
         self._worker = SwapWorker(self._engine, backend)
@@ -156,11 +161,11 @@ def cache_layout(kv_caches: Mapping[str, Any], num_blocks: int) -> Layout:
     return layout_of(arrays).merged()
 
 
-def make_backend(name: str, kv_caches: Mapping[str, Any]) -> Backend:
+def make_backend(name: str, kv_caches: Mapping[str, Any], layout: Layout) -> Backend:
     """Make the copy backend that a setting names; "auto" goes by where the KV cache is."""
     if name == "auto":
         first = next(iter(kv_caches.values()), None)
         name = "cuda" if getattr(first, "is_cuda", False) else "cpu"
-    registered = plugin_manager().hook.kvswitch_backends()
+    registered = plugin_manager().hook.kvswitch_backends(layout=layout)
     backend: Backend = make_registered(registered, name, "copy backend")
     return backend

@@ -9,7 +9,7 @@ import pytest
 
 from kvswitch.errors import TransferError
 from kvswitch.messages import Direction
-from kvswitch.transfer import Backend, CpuBackend, Queue
+from kvswitch.transfer import Backend, CpuBackend, Layout, Queue
 from kvswitch_vllm import moving
 
 
@@ -86,7 +86,7 @@ def test_failing_copies_cost_recomputation_only(
     direction: Direction,
     asynchronous: bool,
 ) -> None:
-    def failing(name: str, kv_caches: Mapping[str, Any]) -> Backend:
+    def failing(name: str, kv_caches: Mapping[str, Any], layout: Layout) -> Backend:
         return Failing(direction)
 
     monkeypatch.setattr(moving, "make_backend", failing)
