@@ -130,7 +130,7 @@ class Layout:
                 joined[-1] = Region(last.address, last.stride, last.nbytes + region.nbytes)
             else:
                 joined.append(region)
-        return Layout(tuple(joined), self.num_blocks)
+        return Layout(tuple(joined), self.num_blocks, self.seams)
 
     def _share_bytes(self, low: Region, high: Region) -> bool:
         """Whether blocks of `low` and `high` (which starts no lower) overlap."""
