@@ -21,9 +21,9 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPol
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from kvswitch.scheduling.target import exchange, take_greedily
 from kvswitch_vllm.connector import KVSwitchConnector
 from kvswitch_vllm.priorities import Priorities
+from kvswitch_vllm.switching import Candidates, choose
 
 __all__ = ["AsyncSwitchScheduler", "SwitchScheduler", "make_scheduler"]
 
@@ -123,18 +123,19 @@ class SwitchMixin:
 
     def _switch(self) -> None:
         """Preempt for waiting requests that are more important than running ones."""
-        if not self.running or not isinstance(self.waiting, PriorityRequestQueue):
-            return
-        lowest = max(request.priority for request in self.running)
-        if self.waiting.peek_request().priority >= lowest:
-            return
         running = self.running
+        if not running or not isinstance(self.waiting, PriorityRequestQueue):
+            return
+        head = self.waiting.peek_request()
+        lowest = max(request.priority for request in running)
+        if head.priority >= lowest:
+            return
         slots = self.max_num_running_reqs - self._slots_elsewhere()
         room = self._room()
-        head = self.waiting.peek_request()
         if len(running) < slots and self._need(head) + self._headroom <= room:
             return  # vLLM admits it; the next one is looked at in the next iteration
-        if all(map(self._priorities.protected, running)):
+        protected = self._priorities.protected
+        if all(map(protected, running)):
             return
         waiting = [
             request
@@ -144,47 +145,27 @@ class SwitchMixin:
         ]
         if not waiting:
             return
-        needs = np.array([self._need(r) for r in waiting] + [self._held(r) for r in running])
-        ranks = np.array([r.priority for r in waiting] + [r.priority for r in running])
-        is_running = np.arange(len(ranks)) >= len(waiting)
-        arrivals = [r.arrival_time for r in waiting] + [r.arrival_time for r in running]
-        order = np.lexsort((np.array(arrivals), ~is_running, ranks))
-        capacity = room + int(needs[is_running].sum())
-        margin = np.where(is_running[order], 0, self._headroom)
-        target = np.zeros(len(ranks), np.bool_)
-        target[order] = take_greedily(needs[order], margin, capacity, slots)
-        # vLLM admits from the top and stops at the first that does not fit.
-        waiting_order = [i for i in order.tolist() if not is_running[i]]
-        newcomers = []
-        for i in waiting_order:
-            if not target[i]:
-                break
-            newcomers.append(i)
-        victims = [
-            i
-            for i in reversed(order.tolist())
-            if is_running[i]
-            and not target[i]
-            and not self._priorities.protected(running[i - len(waiting)])
-        ]
-        if not newcomers:
-            return
-        ins, outs = exchange(
-            needs[newcomers],
-            needs[victims],
-            room=room - self._headroom,
-            places=slots - len(running),
+        them = [*waiting, *running]
+        old = np.arange(len(them)) >= len(waiting)
+        leaving, blocks = choose(
+            Candidates(
+                priority=np.array([r.priority for r in them], np.float64),
+                arrival=np.array([r.arrival_time for r in them], np.float64),
+                blocks=np.array([*map(self._need, waiting), *map(self._held, running)], np.int64),
+                running=old,
+                protected=np.array([False] * len(waiting) + [*map(protected, running)]),
+            ),
+            room=room,
+            slots=slots,
+            headroom=self._headroom,
         )
-        if not ins:
-            return
-        leaving = [running[i - len(waiting)] for i in victims[:outs]]
-        for request in leaving:
+        for request in [them[i] for i in leaving]:
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
             # Its next batch is to be told all of its tokens anew.
             self.prev_step_scheduled_req_ids.discard(request.request_id)
-        short = int(needs[newcomers[:ins]].sum()) + self._headroom - self._planning.pool.free_blocks
-        if short > 0:
+        if leaving:
+            short = blocks + self._headroom - self._planning.pool.free_blocks
             self._planning.planner.give_way(short)
 
     def _slots_elsewhere(self) -> int:
