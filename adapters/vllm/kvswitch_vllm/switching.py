@@ -60,8 +60,9 @@ def choose(them: Candidates, *, room: int, slots: int, headroom: int) -> tuple[l
     order = np.lexsort((them.arrival, ~them.running, them.priority))
     running = them.running[order]
     blocks = them.blocks[order]
-    capacity = room + int(blocks[running].sum())
-    target = take_greedily(blocks, np.where(running, 0, headroom), capacity, slots)
+    # vLLM admits nobody into the headroom while others run, not even the first.
+    capacity = room + int(blocks[running].sum()) - headroom
+    target = take_greedily(blocks, np.zeros(len(order), np.int64), capacity, slots)
     # vLLM admits from the top, and stops at the first that does not fit.
     waiting = np.flatnonzero(~running)
     fits = target[waiting]
