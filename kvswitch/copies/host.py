@@ -285,6 +285,18 @@ class HostCopies:
         """How many leading `keys` name copies that can be adopted."""
         return len(self._keys.find(keys))
 
+    def reach(self, owner: Hashable, keys: Sequence[Hashable] = ()) -> int:
+        """Tokens that `owner` would have, pending fills included, after `adopt` of `keys`. Pure."""
+        entry = self._owners.get(owner)
+        if entry is None:
+            return len(self._keys.find(keys)) * self.block_tokens
+        covered = entry.covered(self.block_tokens)
+        have = covered // self.block_tokens
+        if entry.fills or len(keys) <= have:
+            return covered
+        found = len(self._keys.find(keys, have))
+        return (have + found) * self.block_tokens if found else covered
+
     def adopt(self, owner: Hashable, keys: Sequence[Hashable]) -> int:
         """Make `owner` an owner of the copies published under its `keys`.
 

@@ -211,13 +211,6 @@ class Owners:
 
     # -- rows ----------------------------------------------------------------------------------
 
-    def ending_before(self, blocks: BlockIds) -> list[Owner]:
-        """Owners whose last block is the nearest before one of `blocks`."""
-        rows = np.flatnonzero(self.last_block >= 0)
-        last = np.sort(self.last_block[rows])
-        nearest = last[np.searchsorted(last, blocks) - 1]
-        return [self._at(row) for row in rows[np.isin(self.last_block[rows], nearest)].tolist()]
-
     def check_integrity(self) -> None:
         """Raise IntegrityError if owners and rows contradict each other."""
         by_row = {row: entry for row, entry in enumerate(self._by_row) if entry is not None}

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kvswitch.blocks import BlockGroupPool
 from kvswitch.copies.keys import ContentKeys
 from kvswitch.copies.owners import Owner, Owners
-from kvswitch.errors import IntegrityError, InvalidTransition
+from kvswitch.errors import IntegrityError
 from kvswitch.messages import BlockIds
 
 __all__ = ["HostTables"]
@@ -68,14 +68,9 @@ class HostTables:
 
     def attach(self, entry: Owner, blocks: BlockIds) -> None:
         """Append blocks with content to `entry`'s table: others' too, or found by their keys."""
-        try:
-            self.pool.attach(entry.id, blocks)
-        except InvalidTransition:
-            # Some lie in room that is reserved behind others' copies, their content untouched.
-            # Attaching, even nothing, ends a reservation.
-            for other in self.owners.ending_before(blocks):
-                self.pool.attach(other.id, _NO_BLOCKS)
-            self.pool.attach(entry.id, blocks)
+        # Some may lie in room that is reserved behind others' copies, their content untouched.
+        self.pool.end_reservations(blocks)
+        self.pool.attach(entry.id, blocks)
         self.owners.last_block[entry.row] = blocks[-1]
 
     def cut(self, entry: Owner, size: int) -> None:

@@ -105,6 +105,11 @@ class TracePolicy:
     def __init__(self, trace: PriorityTrace) -> None:
         self._levels = trace.levels
 
+    @property
+    def sequences(self) -> int:
+        """Number of sequences in the trace: indices lie below it."""
+        return int(self._levels.shape[1])
+
     def priorities(
         self, epoch: int, index: IntArray, base: FloatArray, waited: IntArray
     ) -> FloatArray:

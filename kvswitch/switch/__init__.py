@@ -1,5 +1,6 @@
 """Context switches: the planner (Algorithm 1), its strategy, and the facade for custom engines."""
 
+from kvswitch.switch.engine_pool import EnginePool, EngineSwapManager
 from kvswitch.switch.facade import KVSwitch, Ready, Resumed, SwapTicket
 from kvswitch.switch.manager import Resumption, SwapManager
 from kvswitch.switch.ranks import RankReports
@@ -10,6 +11,8 @@ from kvswitch.switch.worker import SwapWorker
 
 __all__ = [
     "Arrival",
+    "EnginePool",
+    "EngineSwapManager",
     "KVSwitch",
     "RankReports",
     "Ready",

@@ -8,7 +8,7 @@ nobody has, it is *still here*: its sequence can have it back without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,15 @@ import numpy.typing as npt
 from kvswitch.blocks import BlockGroupPool
 from kvswitch.copies import Fill
 from kvswitch.errors import IntegrityError
-from kvswitch.messages import BlockIds, Direction, Runs, Transfer
+from kvswitch.messages import BlockIds, Direction, Transfer
+from kvswitch.switch.orders import OrderList
 from kvswitch.switch.sequence import Incoming, Outgoing, SwapSequence
 from kvswitch.transfer.plan import coalesce
 
 __all__ = ["Traffic"]
 
 
-class Traffic:
+class Traffic(OrderList):
     """Planned and dispatched transfers of one planner, by id.
 
     Attributes
@@ -35,10 +36,8 @@ class Traffic:
     def __init__(self, device: BlockGroupPool) -> None:
         self.out: dict[int, Outgoing] = {}
         self.into: dict[int, Incoming] = {}
+        super().__init__()
         self._device = device
-        self._next_id = 0
-        self._planned: list[Transfer] = []
-        self._cancelled: list[int] = []
         # Of each block: how many swap-outs read it, the newest that did, and the id that was next
         # when it was last taken (what was planned before reads bytes that are about to change).
         self._readers = np.zeros(device.num_blocks, np.int32)
@@ -47,24 +46,10 @@ class Traffic:
 
     # -- orders --------------------------------------------------------------------------------
 
-    def plan(self, direction: Direction, runs: Runs, after: Iterable[int] = ()) -> Transfer:
-        """Give a transfer its id and put it on the list of the next orders."""
-        transfer = Transfer(self._next_id, direction, runs, tuple(sorted(set(after))))
-        self._next_id += 1
-        self._planned.append(transfer)
-        return transfer
-
-    def cancel(self, transfer: Transfer) -> None:
-        """Nobody wants its bytes any more; it ends like any other, sooner perhaps."""
-        self._cancelled.append(transfer.id)
-
     def take_orders(self) -> tuple[tuple[Transfer, ...], tuple[int, ...]]:
-        """What has been planned and cancelled since the last call."""
-        planned, cancelled = tuple(self._planned), tuple(self._cancelled)
-        if planned or cancelled:
-            self._planned, self._cancelled = [], []
-            cancelled = tuple(t for t in cancelled if t in self.out or t in self.into)
-        return planned, cancelled
+        """What has been planned and, of what is under way, cancelled since the last call."""
+        planned, cancelled = self.take_list()
+        return planned, tuple(t for t in cancelled if t in self.out or t in self.into)
 
     # -- begin and end -------------------------------------------------------------------------
 

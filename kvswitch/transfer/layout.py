@@ -112,6 +112,26 @@ class Layout:
         """Whether blocks can be copied between the two: the same bytes in the same regions."""
         return [r.nbytes for r in self.regions] == [r.nbytes for r in other.regions]
 
+    def merged(self) -> Layout:
+        """The same bytes with regions joined whose parts of each block adjoin.
+
+        Where a cache keeps all layers of a block together, but hands out a tensor for each layer,
+        the layers are woven regions of one stride: joined, a run of blocks is a single copy.
+        """
+        joined: list[Region] = []
+        for region in sorted(self.regions, key=lambda r: r.address):
+            last = joined[-1] if joined else None
+            if (
+                last is not None
+                and last.stride == region.stride
+                and last.address + last.nbytes == region.address
+                and last.nbytes + region.nbytes <= last.stride
+            ):
+                joined[-1] = Region(last.address, last.stride, last.nbytes + region.nbytes)
+            else:
+                joined.append(region)
+        return Layout(tuple(joined), self.num_blocks, self.seams)
+
     def _share_bytes(self, low: Region, high: Region) -> bool:
         """Whether blocks of `low` and `high` (which starts no lower) overlap."""
         if high.address >= low.address + (self.num_blocks - 1) * low.stride + low.nbytes:

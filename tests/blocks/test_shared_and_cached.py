@@ -217,3 +217,17 @@ def test_forgotten_content_is_not_spared() -> None:
     pool.allocate("b", 5)
     assert pool.table("b").tolist() == list(range(5, 10))
     pool.check_integrity()
+
+
+def test_blocks_in_reserved_room_can_be_had_once_the_reservation_ends() -> None:
+    pool = BlockGroupPool(20, first_group=8)
+    pool.allocate("a", 4)
+    tail = np.array([5, 6], np.int32)
+    with pytest.raises(InvalidTransition, match="reserved"):
+        pool.attach("b", tail)
+    pool.end_reservations(tail)
+    pool.attach("b", tail)
+    assert pool.table("b").tolist() == [5, 6]
+    pool.check_integrity()
+    pool.end_reservations(np.array([0, 5, 12], np.int32))  # in use, in use, free: nothing to end
+    pool.check_integrity()

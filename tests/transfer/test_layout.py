@@ -152,3 +152,20 @@ def test_layouts_mirror_each_other_if_blocks_have_the_same_parts() -> None:
     assert one.mirrors(Layout((Region(500, 8, 8), Region(2000, 4, 4)), 99))
     assert not one.mirrors(Layout((Region(0, 8, 8),), 10))
     assert not one.mirrors(Layout((Region(0, 4, 4), Region(1000, 8, 8)), 10))
+
+
+def test_layers_of_a_block_that_lie_together_become_one_region() -> None:
+    cache = np.zeros((6, 3, 8), np.uint8)  # block, layer, bytes
+    layout = layout_of([cache[:, layer] for layer in range(3)])
+    assert len(layout.regions) == 3
+    merged = layout.merged()
+    (region,) = merged.regions
+    assert (region.nbytes, region.stride, merged.dense) == (24, 24, True)
+    assert merged.block_bytes == layout.block_bytes
+
+
+def test_regions_that_do_not_adjoin_stay_apart() -> None:
+    apart = [np.zeros((6, 8), np.uint8) for _ in range(3)]
+    assert len(layout_of(apart).merged().regions) == 3
+    one = np.zeros((3, 6, 8), np.uint8)  # layer first: regions adjoin, the parts of a block do not
+    assert len(layout_of(list(one)).merged().regions) == 3

@@ -1,0 +1,171 @@
+"""The connector's half in each worker: the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvswitch.errors import ConfigError
+from kvswitch.hooks import make_registered, plugin_manager
+from kvswitch.messages import decode_orders, encode
+from kvswitch.switch import SwapWorker
+from kvswitch.transfer import Backend, HostArena, Layout, TransferEngine, layout_of
+from kvswitch_vllm.settings import Settings
+from kvswitch_vllm.wire import Load, StepOrders, WorkerReports
+
+__all__ = ["Moving", "cache_layout"]
+
+
+class Moving:
+    """Carries out the orders on one rank.
+
+    Parameters
+    ----------
+    kv_caches : mapping of str to tensor
+        What vLLM registers: a tensor for each layer.
+    settings : Settings
+    num_blocks, block_bytes, host_blocks : int
+        As the scheduler's half has them.
+    rank : int
+
+    Raises
+    ------
+    ConfigError
+        The KV cache is not laid out in blocks as the scheduler's half expects, or there is not
+        enough host memory.
+    """
+
+    def __init__(
+        self,
+        kv_caches: Mapping[str, Any],
+        settings: Settings,
+        *,
+        num_blocks: int,
+        block_bytes: int,
+        host_blocks: int,
+        rank: int,
+    ) -> None:
+        self._rank = rank
+        self._kv_caches = kv_caches  # the memory that the layout points to
+        layout = cache_layout(kv_caches, num_blocks)
+        if layout.block_bytes != block_bytes:
+            raise ConfigError(
+                f"kvswitch: rank {rank} has blocks of {layout.block_bytes} bytes, the scheduler "
+                f"counts {block_bytes}: this model's KV cache is not supported"
+            )
+        backend = make_backend(settings.backend, kv_caches, layout)
+        try:
+            self._arena: HostArena = backend.host_arena(host_blocks * block_bytes)
+        except BaseException:
+            backend.close()
+            raise
+        try:
+            self._engine = TransferEngine(
+                backend, layout, self._arena.layout(layout), window_bytes=settings.window_bytes
+            )
+        except BaseException:
+            backend.close()
+            self._arena.close()
+            raise
+        self._worker = SwapWorker(self._engine, backend)
+        self._loads: dict[int, Load] = {}
+        self._received: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._stall = 0.0
+        self._reports: list[tuple[int, bytes, float]] = []
+
+    def before_forward(self, step: StepOrders) -> None:
+        """Begin what is ordered; wait for what the forward is going to overwrite or read."""
+        for load in step.lost:
+            self._fail(load)
+        if step.orders is None:
+            return
+        self._loads.update(step.loads)
+        self._worker.submit(decode_orders(step.orders))
+        self._stall += self._worker.wait()
+
+    def after_forward(self) -> set[str]:
+        """Collect what has ended; the requests whose load has."""
+        report = self._worker.report()
+        for transfer in (*report.completed, *report.failed):
+            load = self._loads.pop(transfer, None)
+            if load is None:
+                continue
+            if transfer in report.failed:
+                self._fail(load)
+            elif load.request is not None:
+                self._received.add(load.request)
+        if report.completed or report.failed or self._stall:
+            self._reports.append((self._rank, encode(report), self._stall))
+            self._stall = 0.0
+        received, self._received = self._received, set()
+        return received
+
+    def _fail(self, load: Load) -> None:
+        self._bad_blocks.update(load.blocks)
+        if load.request is not None:
+            self._received.add(load.request)  # vLLM wants to hear of failed ones, too
+
+    def take_bad_blocks(self) -> set[int]:
+        """Device blocks whose load has failed since the last call."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def take_reports(self) -> WorkerReports | None:
+        """What the scheduler's half is to know."""
+        if not self._reports:
+            return None
+        reports, self._reports = self._reports, []
+        return WorkerReports(reports)
+
+    def close(self) -> None:
+        """End all transfers, then give the memory back."""
+        self._engine.close()
+        self._arena.close()
+
+
+def cache_layout(kv_caches: Mapping[str, Any], num_blocks: int) -> Layout:
+    """Where the blocks of vLLM's KV cache lie, whatever order its dimensions are in memory.
+
+    Parameters
+    ----------
+    kv_caches : mapping of str to tensor
+        For each layer a tensor with the block, or K and V and then the block, as first dimension;
+        or one of smaller blocks, several to a block of vLLM's.
+    num_blocks : int
+
+    Raises
+    ------
+    ConfigError
+        It is none of these.
+    """
+    arrays, seen = [], set()
+    for name, cache in kv_caches.items():
+        if not hasattr(cache, "data_ptr"):
+            raise ConfigError(f"kvswitch: the KV cache of {name} is no single tensor")
+        if cache.data_ptr() in seen:
+            continue  # layers that share their KV cache
+        seen.add(cache.data_ptr())
+        if cache.shape[0] == num_blocks:
+            parts = [cache]
+        elif cache.ndim > 1 and cache.shape[0] == 2 and cache.shape[1] == num_blocks:
+            parts = [cache[0], cache[1]]
+        elif cache.shape[0] and cache.shape[0] % num_blocks == 0:
+            parts = [cache.unflatten(0, (num_blocks, -1))]
+        else:
+            raise ConfigError(
+                f"kvswitch: the KV cache of {name} has shape {tuple(cache.shape)}, in which "
+                f"{num_blocks} blocks cannot be made out"
+            )
+        arrays += parts
+    return layout_of(arrays).merged()
+
+
+def make_backend(name: str, kv_caches: Mapping[str, Any], layout: Layout) -> Backend:
+    """Make the copy backend that a setting names; "auto" goes by where the KV cache is."""
+    if name == "auto":
+        first = next(iter(kv_caches.values()), None)
+        name = "cuda" if getattr(first, "is_cuda", False) else "cpu"
+    registered = plugin_manager().hook.kvswitch_backends(layout=layout)
+    backend: Backend = make_registered(registered, name, "copy backend")
+    return backend

@@ -1,0 +1,252 @@
+"""Preemption by priority for vLLM's schedulers, and KV caches saved when it comes to it.
+
+vLLM itself preempts only when a running request cannot grow. Here a waiting request of higher
+priority takes memory and slots from running ones of lower priority, as far as these are not in
+their quantum. Everything else is vLLM's scheduler, synchronous or asynchronous.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import time
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from kvswitch_vllm.connector import KVSwitchConnector
+from kvswitch_vllm.priorities import Priorities
+from kvswitch_vllm.switching import Candidates, choose
+
+__all__ = ["AsyncSwitchScheduler", "SwitchScheduler", "make_scheduler"]
+
+log = init_logger("vllm.kvswitch")
+
+_MOST = 64  # waiting requests that are looked at in one iteration
+
+
+class SwitchMixin:
+    """Mixed into vLLM's scheduler classes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._planning = self.connector.planning
+        self._planning.attach_scheduler(self)
+        self._priorities = Priorities(self._planning.settings)
+        # What vLLM leaves free beside whoever it admits.
+        self._headroom = int(getattr(self.kv_cache_manager, "watermark_blocks", 0))
+        self._scheduling = False
+        self._in_before: set[str] = set()
+
+    # -- what vLLM calls -------------------------------------------------------------------------
+
+    def add_request(self, request: Any) -> None:
+        """Set the priority before it is queued."""
+        if request.request_id not in self.requests:
+            self._priorities.add(request)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Switch by priority, then schedule as ever."""
+        started = perf_counter()
+        self._begin_iteration()
+        self._planning.overhead_seconds += perf_counter() - started
+        self._scheduling = True
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self._scheduling = False
+
+    def _begin_iteration(self) -> None:
+        for request in self.running:
+            if request.request_id not in self._in_before:
+                self._priorities.entered(request.request_id)
+        if self._priorities.begin(self.running, self.requests.values()):
+            self._reorder()
+            for request in self.requests.values():
+                self._planning.planner.set_priority(request.request_id, -request.priority)
+        if self.waiting:
+            self._switch()
+        self._let_grow()
+        self._in_before = {request.request_id for request in self.running}
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        started = perf_counter()
+        # In the midst of scheduling, vLLM needs the blocks at once: the forward will wait.
+        self._planning.preempted(request, hold=not self._scheduling)
+        self._planning.overhead_seconds += perf_counter() - started
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._priorities.remove(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+    # -- priorities ------------------------------------------------------------------------------
+
+    def set_request_priority(self, name: str, priority: float) -> int:
+        """Change a request's priority; a lower number is more important, as everywhere in vLLM.
+
+        Parameters
+        ----------
+        name : str
+            Its id. The engine's own ids have a random suffix, which may be left out.
+
+        Returns
+        -------
+        int
+            Number of requests that it was changed for.
+        """
+        found = [
+            request
+            for one, request in self.requests.items()
+            if (one == name or one.rpartition("-")[0] == name) and not request.is_finished()
+        ]
+        for request in found:
+            self._priorities.set_base(request, priority)
+            self._planning.planner.set_priority(request.request_id, -request.priority)
+        self._reorder()
+        return len(found)
+
+    def _reorder(self) -> None:
+        for queue in (self.waiting, getattr(self, "kv_holding_waiting", None)):
+            if isinstance(queue, PriorityRequestQueue):
+                heapq.heapify(queue._heap)
+
+    # -- switching -------------------------------------------------------------------------------
+
+    def _switch(self) -> None:
+        """Preempt for waiting requests that are more important than running ones."""
+        running = self.running
+        if not running or not isinstance(self.waiting, PriorityRequestQueue):
+            return
+        head = self.waiting.peek_request()
+        lowest = max(request.priority for request in running)
+        if head.priority >= lowest:
+            return
+        slots = self.max_num_running_reqs - self._slots_elsewhere()
+        room = self._room()
+        if len(running) < slots and self._need(head) + self._headroom <= room:
+            return  # vLLM admits it; the next one is looked at in the next iteration
+        protected = self._priorities.protected
+        if all(map(protected, running)):
+            return
+        waiting = [
+            request
+            for request in heapq.nsmallest(_MOST, self.waiting._heap)
+            if request.priority < lowest
+            and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        ]
+        if not waiting:
+            return
+        them = [*waiting, *running]
+        old = np.arange(len(them)) >= len(waiting)
+        leaving, blocks = choose(
+            Candidates(
+                priority=np.array([r.priority for r in them], np.float64),
+                arrival=np.array([r.arrival_time for r in them], np.float64),
+                blocks=np.array([*map(self._need, waiting), *map(self._held, running)], np.int64),
+                running=old,
+                protected=np.array([False] * len(waiting) + [*map(protected, running)]),
+            ),
+            room=room,
+            slots=slots,
+            headroom=self._headroom,
+        )
+        for request in [them[i] for i in leaving]:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+            # Its next batch is to be told all of its tokens anew.
+            self.prev_step_scheduled_req_ids.discard(request.request_id)
+        if leaving:
+            short = blocks + self._headroom - self._planning.pool.free_blocks
+            self._planning.planner.give_way(short)
+
+    def _slots_elsewhere(self) -> int:
+        return int(getattr(self, "num_waiting_for_streaming_input", 0))
+
+    def _room(self) -> int:
+        """Blocks that are free, or will be without preempting anybody."""
+        deferred = sum(len(blocks) for _, blocks in getattr(self, "deferred_frees", ()))
+        held = self._planning.planner.held_blocks
+        reserved = self._inflight_prefill_reserved_blocks()
+        return int(self._planning.pool.free_blocks) + held + deferred - int(reserved)
+
+    def _need(self, request: Any) -> int:
+        """Blocks that a waiting request needs of those that are free."""
+        blocks = -(-(request.num_tokens + 1) // self.block_size)
+        if self.cache_config.enable_prefix_caching and not request.skip_reading_prefix_cache:
+            pool = self.kv_cache_manager.block_pool
+            for key in request.block_hashes:
+                found = pool.get_cached_block(key, [0])
+                if found is None:
+                    break
+                blocks -= found[0].ref_cnt > 0  # shared with somebody who runs
+        return max(blocks, 1)
+
+    def _held(self, request: Any) -> int:
+        """Blocks that would be there if a running request left."""
+        (blocks,) = self.kv_cache_manager.get_blocks(request.request_id).blocks
+        return sum(block.ref_cnt == 1 for block in blocks)
+
+    def _let_grow(self) -> None:
+        """Give up holds for what runs, so that nobody is preempted whose turn it is."""
+        planner = self._planning.planner
+        if not planner.held_blocks:
+            return
+        most = len(self.running) + self.max_num_scheduled_tokens // self.block_size
+        free = self._planning.pool.free_blocks
+        if free >= most:
+            return
+        need = 0
+        for request in self.running:
+            tokens = request.num_tokens_with_spec + request.num_output_placeholders
+            have = len(self.kv_cache_manager.get_blocks(request.request_id).blocks[0])
+            need += max(0, -(-tokens // self.block_size) - have)
+        planner.give_way(need - free)
+
+
+class SwitchScheduler(SwitchMixin, Scheduler):
+    """vLLM's scheduler, with switches by priority."""
+
+
+class AsyncSwitchScheduler(SwitchMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler, with switches by priority."""
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> Any:
+    """Make the scheduler for vLLM's engine core: ours, or vLLM's own if that is not as expected."""
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    asynchronous = bool(config.scheduler_config.async_scheduling)
+    plain: Callable[..., Any] = AsyncScheduler if asynchronous else Scheduler
+    if unexpected := _unexpected():
+        log.warning(
+            "kvswitch: this vLLM's scheduler is not as expected (%s). Going on as a connector only:"
+            " requests that vLLM preempts are still swapped, but a waiting request never preempts a"
+            " running one, and priorities do not change at run time.",
+            unexpected,
+        )
+        return plain(*args, **kwargs)
+    scheduler = (AsyncSwitchScheduler if asynchronous else SwitchScheduler)(*args, **kwargs)
+    if not isinstance(scheduler.connector, KVSwitchConnector):
+        raise TypeError("kvswitch's scheduler needs kvswitch's KV connector")
+    if scheduler.policy != SchedulingPolicy.PRIORITY:
+        log.warning("kvswitch: scheduling policy is not 'priority': nobody is preempted for others")
+    return scheduler
+
+
+def _unexpected() -> str | None:
+    """What of vLLM's scheduler is not as the mixin needs it."""
+    parameters = inspect.signature(Scheduler._preempt_request).parameters
+    if list(parameters)[1:3] != ["request", "timestamp"]:
+        return f"_preempt_request takes {list(parameters)}"
+    for name in ("_free_request", "_inflight_prefill_reserved_blocks"):
+        if not callable(getattr(Scheduler, name, None)):
+            return f"no {name}"
+    return None

@@ -1,0 +1,528 @@
+"""The planner for engines that hand out device blocks themselves.
+
+`SwapManager` owns the device pool. Where the engine has one of its own, with reference counts and a
+prefix cache (vLLM), `EngineSwapManager` plans the same copies for blocks it is told of. Its two
+rules are those of `SwapManager`, kept by other means:
+
+* a block that a swap-out reads is *held*, by a reference in the engine's pool, until it has ended;
+* where the engine needs such a block earlier, the hold is given up (`give_way`): the block is
+  *leaving*, and whoever writes it (`written`) waits for that one transfer first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvswitch.config import StrategyName
+from kvswitch.copies import Fill, HostCopies, Lease
+from kvswitch.errors import ConfigError, HostMemoryExhausted, IntegrityError, InvalidTransition
+from kvswitch.messages import Direction, Observations, SwapOrders, Transfer
+from kvswitch.switch.orders import OrderList
+from kvswitch.switch.stats import SwapStats
+from kvswitch.switch.strategy import Arrival, Strategy
+from kvswitch.transfer.plan import coalesce
+
+__all__ = ["EnginePool", "EngineSwapManager"]
+
+_LEAST = float("-inf")
+"""Priority of those that have ended: they take host memory from nobody."""
+
+
+class EnginePool(Protocol):
+    """What the planner needs of the engine's block pool."""
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Add a reference to each block; all of them are in use."""
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Take a reference from each block."""
+
+    def keep(self, blocks: Sequence[int], keys: Sequence[Hashable]) -> int:
+        """Hold the leading blocks that still have the content that `keys` name; how many."""
+
+
+@dataclass(slots=True, eq=False)
+class _Out:
+    """A swap-out under way.
+
+    Attributes
+    ----------
+    held : bool
+        Whether the device blocks are held; else they are leaving.
+    last : bool
+        Whether the owner is to be forgotten when it has ended.
+    """
+
+    transfer: Transfer
+    owner: Hashable
+    fill: Fill
+    blocks: list[int]
+    held: bool
+    last: bool
+
+
+@dataclass(slots=True, eq=False)
+class _In:
+    """A swap-in, planned with the next orders: it may write what swap-outs before them read."""
+
+    owner: Hashable
+    lease: Lease
+    blocks: list[int]
+    first: int  # tokens on the device whatever becomes of it
+    tokens: int
+    needs: tuple[tuple[Fill, int], ...]
+    wait: bool
+    transfer: Transfer | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Idle:
+    """What is to be sent when nothing else goes out, if it is still there by then."""
+
+    owner: Hashable
+    tokens: int
+    blocks: list[int]
+    keys: list[Hashable]
+
+
+class EngineSwapManager(OrderList):
+    """Plans copies between an engine's own device blocks and the host.
+
+    As pure as `SwapManager`: no clock, no thread, no device; the same calls give the same orders.
+
+    Parameters
+    ----------
+    pool : EnginePool
+    host_blocks, block_tokens, block_bytes, first_group, strategy, reuse, on_lost
+        As for `SwapManager`.
+    swap : bool
+        False: send nothing; whatever leaves the device is recomputed (for comparison).
+
+    Raises
+    ------
+    ConfigError
+        A size is out of its range.
+    """
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        host_blocks: int,
+        block_tokens: int,
+        *,
+        block_bytes: int = 1,
+        first_group: int = 60,
+        strategy: StrategyName = "adaptive",
+        swap: bool = True,
+        reuse: bool = True,
+        on_lost: Callable[[Hashable, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if block_bytes < 1:
+            raise ConfigError(f"block_bytes must be at least 1, got {block_bytes}")
+        self.copies = HostCopies(
+            host_blocks, block_tokens, first_group=first_group, on_lost=on_lost
+        )
+        self.block_tokens = block_tokens
+        self.block_bytes = block_bytes
+        self._pool = pool
+        self._swap = swap
+        self._reuse = reuse
+        self._strategy = Strategy(strategy)
+        self._stats = SwapStats()
+        self._keys: dict[Hashable, list[Hashable]] = {}
+        self._out: dict[int, _Out] = {}
+        self._into: dict[int, _In] = {}
+        self._arriving: list[_In] = []
+        self._idle: deque[_Idle] = deque()
+        self._leaving: dict[int, int] = {}  # device block -> newest swap-out that reads it
+        self._wait: set[int] = set()
+        self._step = 0
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def reach(self, owner: Hashable, keys: Sequence[Hashable] = ()) -> int:
+        """Tokens of `owner` that could be swapped in now, its own copies or those of `keys`. Pure.
+
+        Parameters
+        ----------
+        keys : sequence of Hashable
+            Content keys of its leading full blocks.
+        """
+        return self.copies.reach(owner, keys)
+
+    def worth_waiting(self, tokens: int, running: int) -> bool:
+        """Whether a batch of `running` sequences should wait for a swap-in of so many tokens."""
+        nbytes = self._blocks(tokens) * self.block_bytes
+        return self._strategy.wait_for([Arrival(0, nbytes)], running) > 0
+
+    @property
+    def under_way(self) -> tuple[int, ...]:
+        """Ids of transfers that have not ended."""
+        return (*self._out, *self._into)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way or about to be."""
+        return bool(self._out or self._into or self._arriving or self._idle)
+
+    @property
+    def held_blocks(self) -> int:
+        """Device blocks that swap-outs hold: the engine has them back when these have ended."""
+        return sum(len(out.blocks) for out in self._out.values() if out.held)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether some blocks are leaving: what a step writes has to be told (`written`)."""
+        return bool(self._leaving)
+
+    def stats(self) -> SwapStats:
+        """Counters so far."""
+        self._stats.contaminated_blocks = self.copies.contaminated_blocks
+        return self._stats
+
+    # -- verbs -----------------------------------------------------------------------------------
+
+    def swap_out(
+        self,
+        owner: Hashable,
+        tokens: int,
+        blocks: Sequence[int],
+        *,
+        keys: Sequence[Hashable] = (),
+        priority: float = 0.0,
+        hold: bool = True,
+        last: bool = False,
+    ) -> int:
+        """Send what the host lacks of `owner`, which is leaving the device.
+
+        Parameters
+        ----------
+        tokens : int
+            Tokens whose KV is, or with the step under way will be, in `blocks`.
+        blocks : sequence of int
+            Its device blocks in order, still the engine's to give.
+        keys : sequence of Hashable
+            Content keys of its leading full blocks.
+        priority : float
+            Who loses host memory first; larger is more important.
+        hold : bool
+            Hold the blocks that are read. False: they are leaving at once (see `give_way`).
+        last : bool
+            Forget the owner once its copies are published.
+
+        Returns
+        -------
+        int
+            Tokens that the host will have. Fewer if it has no room: the rest is recomputed.
+
+        Raises
+        ------
+        InvalidTransition
+            `blocks` do not hold so many tokens.
+        """
+        if not 0 <= tokens <= len(blocks) * self.block_tokens:
+            raise InvalidTransition(
+                f"{owner!r} cannot have computed {tokens} tokens in {len(blocks)} blocks"
+            )
+        self._stats.preemptions += not last
+        if not self._swap:
+            return 0
+        copies = self.copies
+        fill = self._fill(owner, tokens, keys, priority)
+        covered = copies.covered(owner)
+        sent = 0
+        if fill is not None:
+            sent = len(fill.blocks)
+            ids = list(blocks[fill.first : fill.first + sent])
+            self._send(owner, fill, ids, hold=hold, last=last)
+        self._stats.blocks_spared += self._blocks(covered) - sent
+        copies.set_resident(owner, False)
+        if last and fill is None:
+            self._retired(owner)
+        return covered
+
+    def retire(
+        self, owner: Hashable, tokens: int, blocks: Sequence[int], keys: Sequence[Hashable]
+    ) -> None:
+        """`owner` has ended; send its full blocks at idle priority, for others to find by `keys`.
+
+        The blocks are not held: whoever needs memory may have them, and then they are not sent.
+        """
+        full = min(tokens // self.block_tokens, len(keys), len(blocks))
+        if not full or not self._swap:
+            self.drop(owner)
+            return
+        self._idle.append(
+            _Idle(owner, full * self.block_tokens, list(blocks[:full]), list(keys[:full]))
+        )
+
+    def swap_in(
+        self,
+        owner: Hashable,
+        first: int,
+        tokens: int,
+        blocks: Sequence[int],
+        *,
+        keys: Sequence[Hashable] = (),
+        wait: bool = False,
+    ) -> int:
+        """Bring tokens `first` to `tokens` of `owner` into its device blocks, with the next orders.
+
+        Parameters
+        ----------
+        first : int
+            Tokens that are on the device already; whole blocks.
+        blocks : sequence of int
+            All its device blocks in order.
+        wait : bool
+            The step's forward waits for it.
+
+        Returns
+        -------
+        int
+            Tokens that will be there. Less than asked for if copies were lost since `reach`.
+        """
+        copies = self.copies
+        if keys:
+            copies.adopt(owner, keys)
+        copies.truncate(owner, tokens)
+        tokens = min(tokens, copies.covered(owner))
+        begin = first // self.block_tokens
+        if tokens <= first:
+            return first
+        lease = copies.pin(owner, tokens)
+        ids = list(blocks[begin : len(lease.blocks)])
+        needs = []
+        for out in self._out.values():
+            last = out.fill.first + len(out.blocks)
+            if out.owner == owner and last > begin:
+                needs.append((out.fill, max(begin, out.fill.first) * self.block_tokens))
+        self._pool.hold(ids)
+        self._arriving.append(_In(owner, lease, ids, first, tokens, tuple(needs), wait))
+        self._stats.resumptions += 1
+        return tokens
+
+    def give_way(self, blocks: int) -> None:
+        """Give up holds on at least `blocks` blocks, if so many are held, those that end first."""
+        for out in self._out.values():
+            if blocks <= 0:
+                return
+            if out.held:
+                out.held = False
+                self._leave(out)
+                self._pool.release(out.blocks)
+                blocks -= len(out.blocks)
+
+    def written(self, blocks: Sequence[int]) -> None:
+        """Say that the coming forward writes these blocks: it waits for those that are leaving."""
+        if self._leaving:
+            self._wait.update(self._leaving[b] for b in blocks if b in self._leaving)
+
+    def truncate(self, owner: Hashable, tokens: int) -> None:
+        """Only the first `tokens` of `owner` still mean what its copies hold."""
+        self.copies.truncate(owner, tokens)
+        if owner in self._keys:
+            del self._keys[owner][tokens // self.block_tokens :]
+
+    def set_priority(self, owner: Hashable, priority: float) -> None:
+        """Set how much `owner` matters, if it has copies."""
+        if owner in self.copies:
+            self.copies.set_priority(owner, priority)
+
+    def drop(self, owner: Hashable) -> None:
+        """Forget `owner`: its transfers are cancelled. What it published can still be adopted."""
+        for out in self._out.values():
+            if out.owner == owner:
+                self.cancel(out.transfer)
+        for incoming in self._into.values():
+            if incoming.owner == owner and incoming.transfer is not None:
+                self.cancel(incoming.transfer)
+        self._idle = deque(idle for idle in self._idle if idle.owner != owner)
+        self._forget(owner)
+
+    def invalidate_all(self) -> None:
+        """No copy is valid any more (weights changed, cache reset); give up all holds."""
+        idle, self._idle = self._idle, deque()
+        self.copies.invalidate_all()
+        self._keys.clear()
+        for one in idle:
+            self._forget(one.owner)
+        for out in self._out.values():
+            self.cancel(out.transfer)
+        self.give_way(self.held_blocks)
+
+    # -- Algorithm 1 -----------------------------------------------------------------------------
+
+    def observe(self, observations: Observations) -> None:
+        """Take note of transfers that have ended, and of measurements.
+
+        Raises
+        ------
+        InvalidTransition
+            A transfer is not under way: it has been reported twice, or was never planned.
+        """
+        ended = {*observations.completed, *observations.failed}
+        for transfer in ended:
+            if transfer not in self._out and transfer not in self._into:
+                raise InvalidTransition(f"transfer {transfer} cannot have ended: not under way")
+        self._strategy.observe(observations.measurements, observations.step_seconds)
+        for transfer in sorted(ended):
+            ok = transfer not in observations.failed
+            if transfer in self._out:
+                self._end_out(self._out.pop(transfer), ok=ok)
+            else:
+                self._end_in(self._into.pop(transfer), ok=ok)
+
+    def orders(self) -> tuple[SwapOrders, dict[int, Hashable]]:
+        """What is to be done in the coming step, and whose swap-in each planned one is."""
+        self._step += 1
+        if self._idle and not self._out:
+            self._send_idle()
+        owners: dict[int, Hashable] = {}
+        for incoming in self._arriving:
+            after = [
+                out.transfer.id
+                for out in self._out.values()
+                if any(out.fill is fill for fill, _ in incoming.needs)
+            ]
+            first = len(incoming.lease.blocks) - len(incoming.blocks)
+            runs = coalesce(incoming.lease.blocks[first:], np.array(incoming.blocks, np.int32))
+            transfer = incoming.transfer = self.plan(Direction.IN, runs, after)
+            self._into[transfer.id] = incoming
+            owners[transfer.id] = incoming.owner
+            if incoming.wait:
+                self._wait.add(transfer.id)
+            self._stats.blocks_in += len(incoming.blocks)
+            self._stats.copies_in += len(runs)
+        self._arriving.clear()
+        wait = tuple(sorted(t for t in self._wait if t in self._out or t in self._into))
+        self._stats.conflicts += sum(t in self._out for t in wait)
+        self._wait.clear()
+        planned, cancelled = self.take_list()
+        cancelled = tuple(t for t in cancelled if t in self._out or t in self._into)
+        return SwapOrders(self._step, planned, cancelled, wait), owners
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+    def _fill(
+        self, owner: Hashable, tokens: int, keys: Sequence[Hashable], priority: float
+    ) -> Fill | None:
+        """Host blocks for what the host lacks of `owner`; None if nothing, or no room for any."""
+        copies = self.copies
+        known = owner in copies
+        named = list(keys[: tokens // self.block_tokens])
+        copies.truncate(owner, tokens)
+        if named:
+            copies.adopt(owner, named)
+        self._keys[owner] = named
+        copies.set_priority(owner, priority)
+        self._publish(owner, 0)
+        if tokens <= copies.covered(owner):
+            return None
+        try:
+            return copies.begin(owner, tokens)
+        except HostMemoryExhausted:
+            if not known and not copies.covered(owner):
+                self._forget(owner)
+            return None
+
+    def _send(self, owner: Hashable, fill: Fill, ids: list[int], *, hold: bool, last: bool) -> None:
+        transfer = self.plan(Direction.OUT, coalesce(np.array(ids, np.int32), fill.blocks))
+        out = self._out[transfer.id] = _Out(transfer, owner, fill, ids, hold, last)
+        if hold:
+            self._pool.hold(ids)
+        else:
+            self._leave(out)
+        if fill.first:
+            self._stats.blocks_out_incremental += len(ids)
+            self._stats.copies_out_incremental += len(transfer.runs)
+        else:
+            self._stats.blocks_out_full += len(ids)
+            self._stats.copies_out_full += len(transfer.runs)
+
+    def _leave(self, out: _Out) -> None:
+        for block in out.blocks:
+            self._leaving[block] = max(out.transfer.id, self._leaving.get(block, -1))
+
+    def _send_idle(self) -> None:
+        """Send what is left of the next one that has ended; at most one at a time."""
+        while self._idle and not self._out:
+            idle = self._idle.popleft()
+            kept = self._pool.keep(idle.blocks, idle.keys)
+            tokens = kept * self.block_tokens
+            held = idle.blocks[:kept]
+            if tokens:
+                fill = self._fill(idle.owner, tokens, idle.keys, _LEAST)
+                if fill is not None:
+                    ids = held[fill.first : fill.first + len(fill.blocks)]
+                    self._send(idle.owner, fill, ids, hold=True, last=True)
+                    self._stats.idle_copies += 1
+                self._pool.release(held)
+            if not self._out:
+                self._retired(idle.owner)
+
+    def _end_out(self, out: _Out, *, ok: bool) -> None:
+        if ok:
+            self.copies.commit(out.fill)
+        else:
+            self.copies.abort(out.fill)
+            self._stats.transfers_failed += out.owner in self.copies  # else it was cancelled
+        if out.held:
+            self._pool.release(out.blocks)
+        else:
+            for block in out.blocks:
+                if self._leaving.get(block) == out.transfer.id:
+                    del self._leaving[block]
+        if out.owner in self.copies:
+            self._publish(out.owner, out.fill.first)
+            if out.last:
+                self._retired(out.owner)
+
+    def _end_in(self, incoming: _In, *, ok: bool) -> None:
+        self.copies.release(incoming.lease)
+        self._pool.release(incoming.blocks)
+        owner = incoming.owner
+        if owner not in self.copies:
+            return
+        if not ok or not all(fill.committed for fill, _ in incoming.needs):
+            # Whether the link, the copy or its swap-out was at fault: do not try it twice.
+            self._stats.transfers_failed += not ok
+            self.truncate(owner, incoming.first)
+        elif self._reuse:
+            self.copies.set_resident(owner, True)
+        else:
+            self.copies.truncate(owner, 0)
+
+    def _publish(self, owner: Hashable, first: int) -> None:
+        keys = self._keys.get(owner, ())
+        complete = self.copies.valid(owner) // self.block_tokens
+        for index in range(first, min(len(keys), complete)):
+            self.copies.publish(owner, index, keys[index])
+
+    def _retired(self, owner: Hashable) -> None:
+        if not any(out.owner == owner for out in self._out.values()):
+            self._forget(owner)
+
+    def _forget(self, owner: Hashable) -> None:
+        self._keys.pop(owner, None)
+        if owner in self.copies:
+            self.copies.drop(owner)
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the books contradict themselves."""
+        self.copies.check_integrity()
+        leases = len(self._into) + len(self._arriving) + len(self._out)
+        if self.copies.num_leases() != leases:
+            raise IntegrityError(f"{self.copies.num_leases()} leases on copies, {leases} transfers")
+        leaving = {b for out in self._out.values() if not out.held for b in out.blocks}
+        if leaving != self._leaving.keys():
+            raise IntegrityError("blocks are leaving that no swap-out reads")

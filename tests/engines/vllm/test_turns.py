@@ -1,0 +1,159 @@
+"""The end of a turn, and what else ends or interrupts requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from kvswitch.errors import TransferError
+from kvswitch.messages import Direction
+from kvswitch.transfer import Backend, CpuBackend, Layout, Queue
+from kvswitch_vllm import moving
+
+
+class Failing(CpuBackend):
+    """Fails every third copy in one direction."""
+
+    def __init__(self, direction: Direction) -> None:
+        super().__init__()
+        self._direction = direction
+
+    def open_queue(self, direction: Direction) -> Queue:
+        queue = super().open_queue(direction)
+        if direction is self._direction:
+            copy, calls = queue.copy, iter(range(10**9))
+
+            def fail(*args: Any) -> None:
+                if next(calls) % 3 == 0:
+                    raise TransferError("told to fail")
+                copy(*args)
+
+            queue.copy = fail  # type: ignore[method-assign]
+        return queue
+
+
+def fill(engine: Any, prompts: list[list[int]]) -> None:
+    """Let others take all of the memory."""
+    for i, prompt in enumerate(prompts):
+        engine.add(f"other{i}", prompt, 40)
+    engine.run()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_next_turn_swaps_in(make_engine: Any, random_prompts: Any, caching: bool) -> None:
+    """The next turn finds prompt and answer of the last one by their hashes."""
+    first, *others = random_prompts(6, 150)
+    engine = make_engine({}, blocks=16, enable_prefix_caching=caching)
+    plain = make_engine()
+    engine.add("turn1", first, 60)
+    engine.run()
+    fill(engine, others)
+    assert engine.stats.resumptions == 0
+    turn = first + engine.tokens["turn1"] + random_prompts(1, 20, seed=3)[0]
+    engine.add("turn2", turn, 40)
+    engine.run()
+    plain.add("turn2", turn, 40)
+    assert engine.tokens["turn2"] == plain.run()["turn2"]
+    # 150 + 60 tokens, the last of which was not computed: six full blocks.
+    assert engine.stats.resumptions == 1
+    assert engine.stats.blocks_in == 6
+
+
+def test_salt_keeps_tenants_apart(make_engine: Any, random_prompts: Any) -> None:
+    first, *others = random_prompts(6, 150)
+    engine = make_engine({}, blocks=16)
+    engine.add("mine", first, 20, cache_salt="one")
+    engine.run()
+    fill(engine, others)
+    engine.add("theirs", first, 20, cache_salt="two")
+    engine.run()
+    assert engine.stats.resumptions == 0
+    fill(engine, others)
+    engine.add("mine again", first, 20, cache_salt="one")
+    engine.run()
+    assert engine.stats.resumptions == 1
+    assert engine.tokens["mine"] == engine.tokens["mine again"] == engine.tokens["theirs"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("direction", list(Direction))
+def test_failing_copies_cost_recomputation_only(
+    make_engine: Any,
+    reference: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    direction: Direction,
+    asynchronous: bool,
+) -> None:
+    def failing(name: str, kv_caches: Mapping[str, Any], layout: Layout) -> Backend:
+        return Failing(direction)
+
+    monkeypatch.setattr(moving, "make_backend", failing)
+    engine = make_engine({}, blocks=30, asynchronous=asynchronous)
+    engine.add_batch(8, 150, 120)
+    engine.run()
+    assert engine.batch(8) == reference(8, 150, 120)
+    assert engine.stats.transfers_failed > 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_aborts_leak_nothing(make_engine: Any, reference: Any, asynchronous: bool) -> None:
+    """Requests are aborted while running, waiting, leaving and arriving."""
+    engine = make_engine({"strategy": "async"}, blocks=30, asynchronous=asynchronous)
+    engine.add_batch(8, 150, 120)
+    seen = set()
+
+    def abort(step: int) -> None:
+        for state in ("WAITING_FOR_REMOTE_KVS", "PREEMPTED", "RUNNING", "WAITING"):
+            names = [
+                request.request_id
+                for request in engine.scheduler.requests.values()
+                if request.status.name == state
+            ]
+            if state not in seen and names and (step > 40 or state == "WAITING_FOR_REMOTE_KVS"):
+                seen.add(state)
+                engine.llm.llm_engine.abort_request([names[-1]], internal=True)
+
+    engine.run(abort)
+    assert {"WAITING_FOR_REMOTE_KVS", "PREEMPTED", "RUNNING"} <= seen
+    for name, expected in enumerate(reference(8, 150, 120)):
+        tokens = engine.tokens.get(f"r{name}", [])
+        assert tokens == expected[: len(tokens)]
+
+
+@pytest.mark.parametrize("only_connector", [False, True])
+def test_reset_forgets_every_copy(
+    make_engine: Any, random_prompts: Any, only_connector: bool
+) -> None:
+    engine = make_engine({}, blocks=30, only_connector=only_connector)
+    engine.add_batch(8, 150, 120)
+    for _ in range(60):
+        engine.step()
+    assert engine.stats.preemptions > 0
+    while any(
+        r.status.name == "WAITING_FOR_REMOTE_KVS" for r in engine.scheduler.requests.values()
+    ):
+        engine.step()  # vLLM cannot reset while a load is under way
+    assert engine.core.reset_prefix_cache(reset_running_requests=True)
+    copies = engine.planning.planner.copies
+    assert all(copies.valid(f"r{i}") == 0 for i in range(8))
+    before = engine.stats.blocks_in
+    engine.step()
+    assert engine.stats.blocks_in == before
+    engine.run()
+
+
+def test_shutdown_ends_threads_and_gives_memory_back(make_engine: Any) -> None:
+    import threading
+
+    before = {thread.name for thread in threading.enumerate()}
+    engine = make_engine({}, blocks=30)
+    engine.add_batch(4, 150, 60)
+    for _ in range(30):
+        engine.step()
+    engine.close()
+    started: Callable[[], set[str]] = lambda: {  # noqa: E731
+        thread.name for thread in threading.enumerate() if thread.name.startswith("kvswitch")
+    }
+    assert not started() - before
