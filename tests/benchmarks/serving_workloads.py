@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from kvswitch.config import StrategyName
-from kvswitch_demo.workload import load_lengths
+from kvswitch.sim.workload import load_lengths
 
 __all__ = ["FEW_LONG", "LIMIT", "MANY_SHORT", "SHAREGPT", "Machine", "Script", "Workload"]
 
