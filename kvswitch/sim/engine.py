@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from time import perf_counter
+from time import process_time
 
 from kvswitch.errors import ConfigError, OutOfBlocks
 from kvswitch.messages import Direction
@@ -133,7 +133,7 @@ class SimEngine:
         self.iterations = 0
         self.recorder = Recorder()
         self.inversion = InversionMeter()
-        self.overhead = 0.0  # real seconds spent deciding
+        self.overhead = 0.0  # CPU seconds spent deciding
         self._memory = memory
         self._steps = steps
         self._limits = limits
@@ -203,7 +203,7 @@ class SimEngine:
             self._begin_turn(self._all[i], at)
         if self._limits.epoch_seconds is not None:
             self._tick(self._limits.epoch_seconds)
-        begin = perf_counter()
+        begin = process_time()
         memory, scheduler = self._memory, self._scheduler
         decision = scheduler.schedule(memory.available())
         if scheduler.current_epoch != self._epoch:
@@ -211,12 +211,15 @@ class SimEngine:
             self._tell_priorities()
         for sequence in decision.preempt:
             self._preempt(self._running[sequence])
-        for sequence in (*decision.resume, *decision.admit):
-            self._switch_in(self._all[sequence])
+        came = [self._all[i] for i in (*decision.resume, *decision.admit)]
+        came = [c for c in came if self._switch_in(c)]
+        for c in came:
+            if self._grow(c, c.length) and c.id not in memory.arriving:
+                self._join(c)
         for c, entry in self._grow_at.pop(self.iterations, ()):
             if c.entry == entry and c.decoding:
                 self._grow_decoding(c)
-        self.overhead += perf_counter() - begin
+        self.overhead += process_time() - begin
         ready = memory.switch(self.now, self._last_step)
         stall, self.now = ready - self.now, ready
         for sequence, tokens in memory.landed().items():
@@ -271,7 +274,8 @@ class SimEngine:
         else:
             self._prefilling.pop(c.id, None)
 
-    def _switch_in(self, c: _Conversation) -> None:
+    def _switch_in(self, c: _Conversation) -> bool:
+        """Bring `c` to the device; False if there is no room for it now."""
         memory = self._memory
         try:
             if c.started:
@@ -284,10 +288,9 @@ class SimEngine:
                 self._active[c.id] = c
         except OutOfBlocks:
             self._scheduler.deferred(c.id)
-            return
+            return False
         self._running[c.id] = c
-        if self._grow(c, c.length) and c.id not in memory.arriving:
-            self._join(c)
+        return True
 
     def _land(self, c: _Conversation, tokens: int) -> None:
         """What was to arrive is there; `tokens` if all went well, else fewer."""
@@ -403,7 +406,7 @@ class SimEngine:
             step=step,
             tokens=tokens_made,
             running=len(self._running),
-            arriving=len(self._memory.arriving),  # type: ignore[arg-type]
+            arriving=len(self._memory.arriving),
             needed=self._limits.blocks - self._memory.available(),
         )
 

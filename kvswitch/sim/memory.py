@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
-from time import perf_counter
+from collections.abc import Hashable, Mapping
+from time import process_time
 from typing import Protocol
 
 from kvswitch.errors import HostMemoryExhausted, IntegrityError
@@ -20,15 +20,16 @@ class Memory(Protocol):
     Attributes
     ----------
     link : VirtualLink
-    arriving : container
-        Sequences whose blocks are there, but not yet their content.
     overhead : float
-        Real seconds spent deciding.
+        CPU seconds spent deciding.
     """
 
     link: VirtualLink
-    arriving: Container[Hashable]
     overhead: float
+
+    @property
+    def arriving(self) -> Mapping[Hashable, object]:
+        """Sequences whose blocks are there, but not yet their content."""
 
     def available(self) -> int:
         """Blocks that can be had without preempting anybody."""
@@ -101,10 +102,15 @@ class SwitchMemory:
             reuse=system.reuse,
         )
         self.link = link
-        self.arriving = self.planner.queue(SequenceState.ARRIVING)
+        self._arriving = self.planner.queue(SequenceState.ARRIVING)
         self.overhead = 0.0
         self._next_turn = system.next_turn
         self._inline = system.dispatcher == "engine" and not system.serial
+
+    @property
+    def arriving(self) -> Mapping[Hashable, object]:
+        """See `Memory`."""
+        return self._arriving
 
     @property
     def stats(self) -> SwapStats:
@@ -160,10 +166,10 @@ class SwitchMemory:
         """See `Memory`."""
         planner, link = self.planner, self.link
         observed = link.advance(now, last_step)
-        begin = perf_counter()
+        begin = process_time()
         planner.observe(observed)
         orders = planner.orders()
-        self.overhead += perf_counter() - begin
+        self.overhead += process_time() - begin
         for transfer in orders.transfers:
             if self._inline:
                 now += link.pricing.dispatch_seconds(transfer)

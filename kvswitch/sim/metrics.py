@@ -43,13 +43,15 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     occupancy : float
         Mean share of device blocks that were needed.
     overhead : float
-        Real seconds spent in planner and scheduler.
+        Real CPU seconds spent in planner and scheduler.
     overhead_share : float
-        `overhead` against the simulated makespan.
+        `overhead` against `busy`.
     link_seconds : dict
         Time that transfers took, "out" and "in".
     swaps : dict
         The planner's counters (`SwapStats`).
+    busy : float
+        Time spent in iterations: stalls and forwards.
     real_seconds : float
         What the simulation took.
     """
@@ -76,6 +78,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     overhead_share: float
     link_seconds: dict[str, float]
     swaps: dict[str, float]
+    busy: float
     real_seconds: float
 
     def granularity(self, direction: str) -> float:
@@ -159,6 +162,7 @@ class Recorder:
         tokens = int(np.sum(self._tokens))
         latency = _quantiles(durations)
         stall = float(stalls.sum()) + self._idle_stall
+        busy = float(durations.sum()) + self._idle_stall
         return Result(
             turns=self.turns,
             output_tokens=tokens,
@@ -179,9 +183,10 @@ class Recorder:
             inversion_requests=inversion[1],
             occupancy=self._needed / max(iterations, 1) / blocks,
             overhead=overhead,
-            overhead_share=overhead / makespan if makespan else 0.0,
+            overhead_share=overhead / busy if busy else 0.0,
             link_seconds=link_seconds,
             swaps=swaps,
+            busy=busy,
             real_seconds=real_seconds,
         )
 

@@ -9,7 +9,7 @@ computed, a copy for each block and layer, and loaded from there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class PrefixCacheMemory:
         self, system: System, link: VirtualLink, *, blocks: int, host_blocks: int, block_tokens: int
     ) -> None:
         self.link = link
-        self.arriving: dict[Hashable, tuple[int, int]] = {}  # transfer, tokens
+        self._arriving: dict[Hashable, tuple[int, int]] = {}  # transfer, tokens
         self.overhead = 0.0
         self.stats = SwapStats()
         self._blocks = blocks
@@ -75,6 +75,11 @@ class PrefixCacheMemory:
         self._wait: set[int] = set()
         self._next_id = 0
         self._landed: dict[Hashable, int] = {}
+
+    @property
+    def arriving(self) -> Mapping[Hashable, object]:
+        """See `Memory`."""
+        return self._arriving
 
     def available(self) -> int:
         """See `Memory`."""
@@ -104,7 +109,7 @@ class PrefixCacheMemory:
             transfer = self._plan(Direction.IN, there - here, after)
             self.stats.blocks_in += there - here
             self.stats.copies_in += there - here
-            self.arriving[sequence] = (transfer.id, blocks * self._block_tokens)
+            self._arriving[sequence] = (transfer.id, blocks * self._block_tokens)
         return blocks * self._block_tokens
 
     def grow(self, sequence: Hashable, tokens: int, expected: int) -> int:
@@ -112,7 +117,7 @@ class PrefixCacheMemory:
         blocks = -(-tokens // self._block_tokens)
         if blocks > self._held[sequence]:
             self._hold(sequence, blocks)
-            if not self._prompts_only and sequence not in self.arriving:
+            if not self._prompts_only and sequence not in self._arriving:
                 self._store(sequence, blocks - 1)
         return self._held[sequence]
 
@@ -164,7 +169,7 @@ class PrefixCacheMemory:
         """See `Memory`."""
         self.switch(now, None)
         self._observe(NEVER)
-        if self._held or self.arriving or self._free + self._cached.blocks != self._blocks:
+        if self._held or self._arriving or self._free + self._cached.blocks != self._blocks:
             raise IntegrityError(f"{len(self._held)} sequences hold blocks at the end")
 
     # -- inside --------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ class PrefixCacheMemory:
 
     def _leave(self, sequence: Hashable, tokens: int) -> None:
         held = self._held.pop(sequence)
-        self.arriving.pop(sequence, None)
+        self._arriving.pop(sequence, None)
         full = min(tokens // self._block_tokens, held)
         self._cached.put(sequence, full)
         self._free += held - full
@@ -217,7 +222,7 @@ class PrefixCacheMemory:
             return
         self._moving.difference_update(completed)
         ended = set(completed)
-        for sequence, (transfer, tokens) in list(self.arriving.items()):
+        for sequence, (transfer, tokens) in list(self._arriving.items()):
             if transfer in ended:
-                del self.arriving[sequence]
+                del self._arriving[sequence]
                 self._landed[sequence] = tokens
