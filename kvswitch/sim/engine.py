@@ -213,12 +213,12 @@ class SimEngine:
             self._preempt(self._running[sequence])
         came = [self._all[i] for i in (*decision.resume, *decision.admit)]
         came = [c for c in came if self._switch_in(c)]
-        for c in came:
-            if self._grow(c, c.length) and c.id not in memory.arriving:
-                self._join(c)
         for c, entry in self._grow_at.pop(self.iterations, ()):
             if c.entry == entry and c.decoding:
                 self._grow_decoding(c)
+        for c in came:
+            if self._grow(c, c.length) and c.id not in memory.arriving:
+                self._join(c)
         self.overhead += process_time() - begin
         ready = memory.switch(self.now, self._last_step)
         stall, self.now = ready - self.now, ready
