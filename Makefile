@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-demo bench bench-serving test test-all gpu-test gpu-bench lint format clean
+.PHONY: help demo bench-demo bench bench-serving evaluate test test-all gpu-test gpu-bench lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ bench: $(STAMP) ## Benchmarks of the hot paths
 
 bench-serving: $(STAMP) ## The real planner in virtual time: granularity, reuse, strategies
 	$(BIN)/python tests/benchmarks/serving.py $(ARGS)
+
+evaluate: $(STAMP) ## The paper's figures, simulated (2 hours; ARGS="--quick" 2 minutes); report in evaluation-report/
+	$(BIN)/kvswitch evaluate $(ARGS)
 
 lint: $(STAMP) ## Style and types
 	$(BIN)/ruff check
@@ -64,4 +67,4 @@ gpu-bench: ## Copies beside the link's limit, in ten minutes; docs/benchmarks/cu
 	$(GPU_PYTHON) tests/benchmarks/cuda_bench.py $(ARGS)
 
 clean: ## Remove environments and reports
-	rm -rf .venv demo-report bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .evaluation demo-report evaluation-report bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

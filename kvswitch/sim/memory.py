@@ -100,6 +100,7 @@ class SwitchMemory:
             headroom=headroom,
             strategy=system.strategy,
             reuse=system.reuse,
+            swap=system.swap,
         )
         self.link = link
         self._arriving = self.planner.queue(SequenceState.ARRIVING)

@@ -23,7 +23,7 @@ class System:
     next_turn : {"keep", "swap", "drop"}
         What the end of a turn does: keep it on the device until somebody needs the room, swap it
         out at once, or drop it: then the next turn computes all of it again.
-    strategy, reuse
+    strategy, reuse, swap
         The planner's.
     groups : bool
         Whether neighbouring blocks are one copy, or a copy is made for each.
@@ -45,6 +45,7 @@ class System:
     next_turn: Literal["keep", "swap", "drop"] = "swap"
     strategy: StrategyName = "serial"
     reuse: bool = False
+    swap: bool = True
     groups: bool = True
     pieces: Literal["kv", "layer", "block"] = "kv"
     batch: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import StringIO
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ __all__ = ["draw"]
 
 _COLOURS = ("#b0413e", "#c98a2b", "#6b8f3c", "#3c7f8f", "#5b4b8a", "#8a4b73", "#6b6b6b")
 _MARKERS = "osD^vPX"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -87,20 +87,31 @@ def _changed(profile: _P, constants: tuple[tuple[str, float], ...]) -> _P:
     return msgspec.structs.replace(profile, **fields)
 
 
+# What results depend on, beside the job: folders of the core, and the simulator's own files.
+_CORE = ("blocks", "copies", "switch", "scheduling")
+_SIMULATOR = (
+    *("profiles", "cost", "link", "workload", "systems"),
+    *("memory", "prefix_cache", "engine", "metrics", "run"),
+)
+_DATA = ("profiles.toml", "sharegpt_turns.csv.gz")
+
+
 @cache
 def _code() -> str:
-    """Digest of everything that results depend on."""
+    """Digest of the code and the data that decide about results."""
     root = files("kvswitch")
-    parts = ("blocks", "copies", "switch", "scheduling", "sim", "sim/data")
+    paths = [
+        file
+        for folder in _CORE
+        for file in sorted((root / folder).iterdir(), key=lambda entry: entry.name)
+        if file.name.endswith(".py")
+    ]
+    paths += [root / "sim" / f"{name}.py" for name in _SIMULATOR]
+    paths += [root / "sim" / "data" / name for name in _DATA]
     digest = hashlib.sha256()
-    for part in parts:
-        for file in sorted((root / part).iterdir(), key=lambda entry: entry.name):
-            if file.name.endswith((".py", ".toml", ".gz")) and file.name not in _REPORTING:
-                digest.update(file.name.encode() + file.read_bytes())
+    for path in paths:
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-_REPORTING = ("commands.py", "paper.toml", "__init__.py")
 
 
 @cache

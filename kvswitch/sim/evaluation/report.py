@@ -65,12 +65,16 @@ def write_report(directory: Path, figures: Sequence[Figure], provenance: Provena
     ConfigError
         The directory cannot be written.
     """
-    page = _environment().get_template("report.html.j2").render(
-        figures=[(figure, draw(figure.plots), _NOTES.get(figure.id, [])) for figure in figures],
-        summary=_summary(figures),
-        counts=_counts(figures),
-        constants=_constants(),
-        provenance=provenance,
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            figures=[(figure, draw(figure.plots), _NOTES.get(figure.id, [])) for figure in figures],
+            summary=_summary(figures),
+            counts=_counts(figures),
+            constants=_constants(),
+            provenance=provenance,
+        )
     )
     _write(directory / "evaluation.json", _json(figures, provenance))
     _write(directory / "report.html", page)
