@@ -121,15 +121,16 @@ def evaluate(
 def _print_verdicts(console: Console, figures: Sequence[Figure]) -> None:
     table = Table("", box=None)
     for header in ("paper", "ours", "aim", "verdict"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     style = {"reached": "green", "short": "red"}
     for figure in figures:
-        for row in figure.rows:
-            if row.aim is None:
-                continue
+        judged = [row for row in figure.rows if row.aim is not None]
+        if judged:
+            table.add_row(f"[bold]{figure.title}[/]")
+        for row in judged:
             verdict = row.verdict
             table.add_row(
-                f"{figure.title.split(':')[0]}: {row.label}",
+                f"  {row.label}",
                 "-" if row.paper is None else f"{row.paper:.3g}",
                 "-" if row.ours is None else f"{row.ours:.3g}",
                 ("<= " if row.lower else ">= ") + f"{row.aim:.3g}",

@@ -46,7 +46,7 @@ scripts = st.lists(
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     scripts=scripts,
     blocks=st.integers(70, 120),
