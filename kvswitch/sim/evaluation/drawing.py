@@ -101,6 +101,15 @@ def _lines(axes: Axes, plot: Plot) -> None:
         axes.set_xticks(range(len(plot.x)), [str(x) for x in plot.x])
     elif "x" in plot.log:
         axes.set_xscale("log")
-        axes.set_xticks([float(x) for x in plot.x])
+        axes.set_xticks(_spaced([float(x) for x in plot.x]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _spaced(values: list[float]) -> list[float]:
+    """Values that are far enough apart on a logarithmic axis for their labels."""
+    spaced: list[float] = []
+    for value in sorted(values):
+        if not spaced or value >= 1.4 * spaced[-1]:
+            spaced.append(value)
+    return spaced
