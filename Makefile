@@ -20,7 +20,7 @@ VLLM := .venv/vllm-$(VLLM_VERSION)
 VLLM_MODELS := .venv/models
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-demo bench bench-serving bench-vllm test test-core test-vllm test-all \
+.PHONY: help demo bench-demo bench bench-serving bench-vllm evaluate test test-core test-vllm test-all \
 	test-vllm-all gpu-test gpu-bench lint format clean
 
 help: ## Show this list
@@ -64,6 +64,9 @@ bench-serving: $(STAMP) ## The real planner in virtual time: granularity, reuse,
 bench-vllm: $(VLLM)/.installed ## vLLM as it is, recomputing, and with kvswitch; bench-results/vllm/
 	$(VLLM)/bin/python tests/benchmarks/vllm/compare.py $(ARGS)
 
+evaluate: $(STAMP) ## The paper's figures, simulated (2 hours; ARGS="--quick" 2 minutes); report in evaluation-report/
+	$(BIN)/kvswitch evaluate $(ARGS)
+
 lint: $(STAMP) ## Style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -99,4 +102,4 @@ gpu-bench: ## Copies beside the link's limit, in ten minutes; docs/benchmarks/cu
 	$(GPU_PYTHON) tests/benchmarks/cuda_bench.py $(ARGS)
 
 clean: ## Remove environments and reports
-	rm -rf .venv demo-report bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .evaluation demo-report evaluation-report bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

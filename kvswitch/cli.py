@@ -1,4 +1,4 @@
-"""The command line: `kvswitch demo`, and what else comes with the packages that are installed."""
+"""The command line: `kvswitch demo`, `evaluate`, `simulate`, and what else comes with packages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ __all__ = ["main"]
 _COMMANDS = {
     "calibrate": ("kvswitch_cuda.command", "cuda,report"),
     "demo": ("kvswitch_demo.demo", "demo"),
+    "evaluate": ("kvswitch.sim.commands", "report"),
+    "simulate": ("kvswitch.sim.commands", "report"),
 }
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvswitch.sim.workload import load_lengths
 from kvswitch_demo.model import Llama
 from kvswitch_demo.report import (
     HEADLINE_LABELS,
@@ -35,7 +36,7 @@ from kvswitch_demo.run import MODES, Mode, serve
 from kvswitch_demo.text import PromptText
 from kvswitch_demo.tokenizer import Tokenizer
 from kvswitch_demo.weights import load_model
-from kvswitch_demo.workload import Conversations, Workload, load_lengths
+from kvswitch_demo.workload import Conversations, Workload
 
 __all__ = ["demo"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,7 +14,7 @@ import numpy as np
 from kvswitch import ConfigError
 from kvswitch.scheduling import PriorityTrace
 
-__all__ = ["Conversations", "PromptMaker", "Script", "Workload", "load_lengths"]
+__all__ = ["Conversations", "PromptMaker", "Script", "Workload"]
 
 PromptMaker = Callable[[int, int, int], list[int]]
 """(conversation, turn, tokens) -> token ids of a user's message of about so many tokens."""
@@ -157,36 +155,3 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         size = self.engine.block_tokens
         needs = [-(-script.tokens // size) for script in scripts]
         return max(int(self.engine.memory_share * sum(needs)), max(needs) + 1)
-
-
-def load_lengths(path: Path | None = None) -> list[list[tuple[int, int]]]:
-    """Read conversation lengths: one (prompt tokens, output tokens) a turn.
-
-    Parameters
-    ----------
-    path : Path, optional
-        A CSV file with columns conversation, turn, prompt_tokens, output_tokens, may be gzipped;
-        by default the ShareGPT lengths that come with the demo.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be read, or a line is not what it should be; names the line.
-    """
-    source = path or files("kvswitch_demo") / "data" / "sharegpt_turns.csv.gz"
-    try:
-        data = source.read_bytes()
-        text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        rows = csv.DictReader(text.decode().splitlines())
-        conversations: dict[str, list[tuple[int, int]]] = {}
-        for row in rows:
-            lengths = int(row["prompt_tokens"]), int(row["output_tokens"])
-            conversations.setdefault(row["conversation"], []).append(lengths)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read conversation lengths {source}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{source}, line {rows.line_num}: expected conversation, turn, prompt_tokens, "
-            f"output_tokens ({error})"
-        ) from error
-    return list(conversations.values())

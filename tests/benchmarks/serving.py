@@ -12,7 +12,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +22,22 @@ from unittest.mock import patch
 
 import msgspec
 from free_list import FreeListPool
-from serving_workloads import FEW_LONG, MANY_SHORT, SHAREGPT, Machine, Workload
-from virtual_engine import Served, VirtualEngine
+from serving_workloads import (
+    FEW_LONG,
+    MANY_SHORT,
+    SHAREGPT,
+    Machine,
+    Workload,
+    make_engine,
+)
 
 from kvswitch.blocks import BlockGroupPool
-from kvswitch.scheduling import PriorityTrace, TracePolicy
+from kvswitch.scheduling import PriorityTrace
+from kvswitch.sim.engine import SimEngine
+from kvswitch.sim.memory import SwitchMemory
+from kvswitch.switch import SwapStats
 
-__all__ = ["free_lists", "granularity", "main", "serve"]
+__all__ = ["Served", "free_lists", "granularity", "main", "serve"]
 
 EPOCHS = 4096  # length of a priority trace; it starts anew at its end
 INSTANT = 1e18  # bytes per second: transfers take no time, so that all runs switch alike
@@ -52,14 +61,62 @@ def serve(
     `machine` replaces settings of the workload's machine.
     """
     trace = getattr(PriorityTrace, policy)(seed, count, EPOCHS)
-    engine = VirtualEngine(
-        workload.scripts(seed, count), TracePolicy(trace), replace(workload.machine, **machine)
-    )
-    if warm_up:
-        engine.serve(warm_up)
-    served = engine.serve(iterations)
+    scripts = workload.scripts(seed, count)
+    engine, memory = make_engine(replace(workload.machine, **machine), scripts, trace)
+    engine.serve(warm_up)
+    before = Served.so_far(engine, memory)
+    engine.serve(iterations)
+    served = Served.so_far(engine, memory).since(before)
     engine.close()
     return served
+
+
+@dataclass(frozen=True)
+class Served:
+    """What some iterations did; `needed` is the sum over them of device blocks in need."""
+
+    tokens: int
+    recomputed: int
+    turns: int
+    iterations: int
+    seconds: float
+    stall: float
+    needed: int
+    blocks: int
+    stats: SwapStats
+
+    @classmethod
+    def so_far(cls, engine: SimEngine, memory: SwitchMemory) -> Served:
+        """Since the start."""
+        recorder = engine.recorder
+        return cls(
+            tokens=sum(recorder._tokens),
+            recomputed=recorder.tokens_recomputed,
+            turns=recorder.turns,
+            iterations=engine.iterations,
+            seconds=engine.now,
+            stall=sum(recorder._stalls) + recorder._idle_stall,
+            needed=recorder._needed,
+            blocks=memory.planner.device.num_blocks,
+            stats=replace(memory.stats),
+        )
+
+    def since(self, before: Served) -> Served:
+        """What came after `before`."""
+        mine, theirs = asdict(self), asdict(before)
+        swaps = {name: value - theirs["stats"][name] for name, value in mine.pop("stats").items()}
+        counts = {name: value - theirs[name] for name, value in mine.items()}
+        return Served(**{**counts, "blocks": self.blocks, "stats": SwapStats(**swaps)})
+
+    @property
+    def throughput(self) -> float:
+        """New tokens per virtual second."""
+        return self.tokens / self.seconds
+
+    @property
+    def occupancy(self) -> float:
+        """Mean share of device blocks that were needed."""
+        return self.needed / max(self.iterations, 1) / self.blocks
 
 
 @contextmanager

@@ -1,17 +1,23 @@
-"""Who asks for what, on which machine: ShareGPT's lengths, Poisson arrivals."""
+"""Who asks for what, on which machine: workloads for the simulator (`kvswitch.sim`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from kvswitch.config import StrategyName
-from kvswitch_demo.workload import load_lengths
+from kvswitch.scheduling import PriorityTrace
+from kvswitch.sim.cost import LinearSteps
+from kvswitch.sim.engine import EngineLimits, SimEngine
+from kvswitch.sim.link import Pricing, VirtualLink
+from kvswitch.sim.memory import SwitchMemory
+from kvswitch.sim.systems import SYSTEMS
+from kvswitch.sim.workload import Script, load_lengths
 
-__all__ = ["FEW_LONG", "LIMIT", "MANY_SHORT", "SHAREGPT", "Machine", "Script", "Workload"]
+__all__ = ["FEW_LONG", "LIMIT", "MANY_SHORT", "SHAREGPT", "Machine", "Workload", "make_engine"]
 
 LIMIT = 8192
 """Tokens of context that the engine takes; the turn that would exceed them, and later ones, go."""
@@ -44,17 +50,32 @@ class Machine:
     first_group: int = 60
     headroom: float = 0.06
 
-    def step_seconds(self, prefilled: int) -> float:
-        return self.base_seconds + prefilled * self.prefill_seconds
 
-
-@dataclass(frozen=True)
-class Script:
-    """A conversation: when it begins, (prompt, output) tokens a turn, seconds between turns."""
-
-    arrival: float
-    turns: list[tuple[int, int]]
-    pauses: list[float]
+def make_engine(
+    machine: Machine, scripts: list[Script], trace: PriorityTrace
+) -> tuple[SimEngine, SwitchMemory]:
+    """An engine that serves `scripts` on `machine`, with kvswitch as it is."""
+    m = machine
+    memory = SwitchMemory(
+        replace(SYSTEMS["kvswitch"], strategy=m.strategy, reuse=m.reuse),
+        VirtualLink(Pricing(m.bandwidth, m.block_bytes)),
+        blocks=m.device_blocks,
+        host_blocks=m.host_blocks,
+        block_tokens=m.block_tokens,
+        headroom=m.headroom,
+        first_group=m.first_group,
+    )
+    limits = EngineLimits(
+        blocks=m.device_blocks,
+        block_tokens=m.block_tokens,
+        slots=m.slots,
+        prefill_tokens=m.prefill_tokens,
+        epoch=m.epoch,
+        quantum=m.quantum,
+        headroom=m.headroom,
+    )
+    steps = LinearSteps(m.base_seconds, m.prefill_seconds)
+    return SimEngine(scripts, trace, memory, steps, limits), memory
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import pytest
 from kvswitch.blocks import BlockGroupPool
 from kvswitch.errors import OutOfBlocks
 from kvswitch.messages import BlockIds
-from kvswitch_demo.workload import load_lengths
+from kvswitch.sim.workload import load_lengths
 
 Benchmark: TypeAlias = Any  # pytest-benchmark's fixture has no types
 ROUNDS = 500

@@ -5,17 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from kvswitch.messages import Direction, Transfer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import INSTANT, free_lists, granularity, serve
+from serving import INSTANT, Served, free_lists, granularity, serve
 from serving_workloads import FEW_LONG, MANY_SHORT, SHAREGPT, Workload
-from virtual_engine import Served
-from virtual_link import NEVER, VirtualLink
 
 
 def saturated(policy: str = "random", **machine: object) -> Served:
@@ -26,44 +21,7 @@ def saturated(policy: str = "random", **machine: object) -> Served:
     )
 
 
-def moving(number: int, direction: Direction, blocks: int, *after: int) -> Transfer:
-    return Transfer(number, direction, np.array([[0, 0, blocks]], np.int32), after)
-
-
 # -- the harness -----------------------------------------------------------------------------------
-
-
-def test_a_link_moves_in_order_in_each_direction() -> None:
-    link = VirtualLink(bandwidth=100.0, block_bytes=10)  # 0.1 s a block
-    for number, direction in enumerate((Direction.IN, Direction.IN, Direction.OUT)):
-        link.submit(moving(number, direction, blocks=10), now=1.0)
-    assert link.next_end() == 2.0
-    observed = link.advance(2.0, step_seconds=0.5)
-    assert set(observed.completed) == {0, 2}
-    assert [(m.nbytes, m.seconds) for m in observed.measurements] == [(100, 1.0), (100, 1.0)]
-    assert observed.step_seconds == 0.5
-    assert link.end_of([1]) == NEVER
-    assert link.advance(3.0).completed == (1,)
-    assert link.end_of([0, 1]) == 3.0
-
-
-def test_a_link_waits_for_what_comes_before() -> None:
-    link = VirtualLink(bandwidth=100.0, block_bytes=10)
-    link.submit(moving(0, Direction.OUT, 10), now=0.0)
-    link.submit(moving(1, Direction.IN, 10, 0), now=0.0)
-    assert link.advance(1.9).completed == (0,)
-    assert link.advance(2.0).completed == (1,)
-
-
-def test_a_cancelled_transfer_stops_where_it_is_and_fails() -> None:
-    link = VirtualLink(bandwidth=100.0, block_bytes=10)
-    for number in range(3):
-        link.submit(moving(number, Direction.OUT, blocks=10), now=0.0)
-    link.cancel([0, 1], now=0.5)
-    observed = link.advance(2.0)
-    assert observed.failed == (0, 1)
-    assert observed.completed == (2,)
-    assert link.end_of([2]) == 1.5
 
 
 def test_the_same_conversations_give_the_same_figures() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvswitch import ConfigError
-from kvswitch_demo.workload import Workload, load_lengths
+from kvswitch.sim.workload import load_lengths
+from kvswitch_demo.workload import Workload
 
 
 def prompt(conversation: int, turn: int, tokens: int) -> list[int]:

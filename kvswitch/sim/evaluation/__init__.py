@@ -1,0 +1,1 @@
+"""The paper's evaluation, simulated: figures, verdicts and the report."""

@@ -1,0 +1,186 @@
+"""The simulator checked: set to the machine on which `kvswitch demo` was measured.
+
+Two constants are fitted, the time of an iteration and of a prompt token in it, to what the demo's
+reference and recompute modes measured in all; everything else is the demo's own settings. Compared
+are figures that were not fitted, above all ratios between modes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvswitch.config import parse_bytes
+from kvswitch.errors import ConfigError
+from kvswitch.sim.cost import LinearSteps
+from kvswitch.sim.engine import EngineLimits, SimEngine
+from kvswitch.sim.evaluation.figure import Figure, Table
+from kvswitch.sim.link import Pricing, VirtualLink
+from kvswitch.sim.memory import SwitchMemory
+from kvswitch.sim.metrics import Result
+from kvswitch.sim.systems import SYSTEMS
+from kvswitch.sim.workload import Script, load_lengths
+from kvswitch_demo.workload import Workload
+
+__all__ = ["compare", "figure", "read_measured", "simulate_mode"]
+
+_LAYERS = 30  # SmolLM2-135M
+_BLOCK_BYTES = 2 * _LAYERS * 3 * 64 * 4 * 16  # K and V, layers, KV heads, dimensions, float32
+_MODES = {
+    "recompute": replace(SYSTEMS["kvswitch"], name="recompute", swap=False, reuse=False),
+    # One synchronous copy for every block, layer, and K or V; turns stay until somebody needs room.
+    "per-block": replace(SYSTEMS["vllm-swap"], name="per-block", next_turn="keep", headroom=0.06),
+    "kvswitch": SYSTEMS["kvswitch"],
+}
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """Read a summary.json of `kvswitch demo`.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, or lacks a mode.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        missing = {"reference", *_MODES} - set(content["modes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"cannot read the demo's results {path}: {error!r}") from error
+    if missing:
+        raise ConfigError(f"{path}: modes: there is no {min(missing)}")
+    return content
+
+
+def _fitted_steps(report: dict[str, Any]) -> LinearSteps:
+    """The two constants."""
+    reference, recompute = report["modes"]["reference"], report["modes"]["recompute"]
+    scripts = _scripts(report)
+    prompts = sum(prompt for script in scripts for prompt, _ in script.turns)
+    more = recompute["recomputed_tokens"]
+    # forward = iterations * base + prefilled * token, twice
+    scale = recompute["iterations"] / reference["iterations"]
+    token = (recompute["forward"] - scale * reference["forward"]) / (
+        (prompts + more) - scale * prompts
+    )
+    base = (reference["forward"] - prompts * token) / reference["iterations"]
+    return LinearSteps(base, token)
+
+
+def _workload(report: dict[str, Any]) -> Workload:
+    return msgspec.convert(report["workload"], Workload)
+
+
+def _scripts(report: dict[str, Any]) -> list[Script]:
+    demo = _workload(report).scripts(load_lengths(), lambda conversation, turn, n: [0] * n)
+    return [
+        Script(s.arrival, list(zip(map(len, s.prompts), s.outputs, strict=True)), s.pauses)
+        for s in demo
+    ]
+
+
+def simulate_mode(report: dict[str, Any], mode: str) -> Result:
+    """What a mode of the demo would have done."""
+    workload = _workload(report)
+    settings, system = workload.engine, _MODES[mode]
+    demo = workload.scripts(load_lengths(), lambda conversation, turn, n: [0] * n)
+    blocks = workload.device_blocks(demo)
+    pricing = Pricing(
+        bandwidth=float(parse_bytes(settings.bandwidth, "bandwidth")),
+        block_bytes=_BLOCK_BYTES,
+        pieces=2 * _LAYERS,
+        merge=system.groups,
+    )
+    memory = SwitchMemory(
+        system,
+        VirtualLink(pricing, duplex=not system.serial),
+        blocks=blocks,
+        host_blocks=parse_bytes(settings.host_memory, "host_memory") // _BLOCK_BYTES,
+        block_tokens=settings.block_tokens,
+        headroom=0.06,
+    )
+    limits = EngineLimits(
+        blocks=blocks,
+        block_tokens=settings.block_tokens,
+        slots=settings.slots,
+        prefill_tokens=settings.prefill_tokens,
+        epoch=workload.priorities.epoch,
+        quantum=workload.priorities.quantum,
+        headroom=0.06,
+    )
+    engine = SimEngine(_scripts(report), workload.trace(), memory, _fitted_steps(report), limits)
+    engine.serve()
+    swaps = {name: getattr(memory.stats, name) for name in memory.stats.__slots__}
+    engine.close()
+    return engine.recorder.result(
+        makespan=engine.now,
+        blocks=blocks,
+        inversion=(engine.inversion.seconds, engine.inversion.request_seconds),
+        overhead=0.0,
+        link_seconds={},
+        swaps=swaps,
+        real_seconds=0.0,
+    )
+
+
+_Measure = tuple[str, Callable[[dict[str, Any]], float], Callable[[Result], float]]
+_MEASURES: tuple[_Measure, ...] = (
+    ("throughput, tokens/s", lambda m: m["throughput_tokens_per_s"], lambda r: r.throughput),
+    ("iterations", lambda m: m["iterations"], lambda r: r.iterations),
+    ("recomputed tokens", lambda m: m["recomputed_tokens"], lambda r: r.recomputed),
+    ("preemptions", lambda m: m["preemptions"], lambda r: r.swaps["preemptions"]),
+    ("TTFT P50, s", lambda m: m["ttft_p50"], lambda r: r.ttft["0.5"]),
+    ("TTFT P95, s", lambda m: m["ttft_p95"], lambda r: r.ttft["0.95"]),
+    ("TBT P50, s", lambda m: m["tbt_p50"], lambda r: r.tbt["0.5"]),
+    ("TBT P99, s", lambda m: m["tbt_p99"], lambda r: r.tbt["0.99"]),
+    (
+        "blocks out",
+        lambda m: m["blocks_out"],
+        lambda r: r.swaps["blocks_out_full"] + r.swaps["blocks_out_incremental"],
+    ),
+    ("blocks in", lambda m: m["blocks_in"], lambda r: r.swaps["blocks_in"]),
+)
+
+
+def compare(report: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(mode, what) -> measured and simulated; mode "kvswitch / recompute" for their ratios."""
+    simulated = {mode: simulate_mode(report, mode) for mode in _MODES}
+    values = {
+        (mode, name): (float(theirs(report["modes"][mode])), float(ours(result)))
+        for mode, result in simulated.items()
+        for name, theirs, ours in _MEASURES
+    }
+    for name in ("throughput, tokens/s", "TTFT P95, s", "TBT P99, s"):
+        pairs = zip(values["kvswitch", name], values["recompute", name], strict=True)
+        measured, ours = (a / b for a, b in pairs)
+        values["kvswitch / recompute", name.split(",")[0]] = (measured, ours)
+    return values
+
+
+def figure(path: Path) -> Figure:
+    """The comparison as a part of the report."""
+    report = read_measured(path)
+    rows = [
+        [
+            mode,
+            name,
+            f"{measured:,.3g}",
+            f"{simulated:,.3g}",
+            f"{simulated / measured - 1:+.0%}" if measured else "–",
+        ]
+        for (mode, name), (measured, simulated) in compare(report).items()
+    ]
+    return Figure(
+        "check",
+        "The simulator checked against a measured machine",
+        f"What `kvswitch demo` measured on {report['date'][:10]} ({report['machine']['cpu']}, "
+        f"{report['machine']['cores']} cores, seed {report['seed']}), and what the simulator says "
+        "of the same workload, priorities and memory. Fitted were two constants, an iteration's "
+        "time and a prompt token's, to the totals of the modes reference and recompute.",
+        tables=[Table("Measured and simulated", ["mode", "", "measured", "simulated", ""], rows)],
+    )
