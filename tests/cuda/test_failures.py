@@ -282,7 +282,7 @@ def finally_done(condition: Callable[[], bool]) -> bool:
 
 def test_a_transfer_is_cancelled_between_spans(fake_cuda: Any) -> None:
     with make_engine(fake_cuda, window_bytes=BLOCK, pacing="host") as engine:
-        fake_cuda.reset(pause_us=20_000)
+        fake_cuda.reset(pause_us=200_000)
         ticket = engine.submit(transfer(0))
         assert finally_done(lambda: fake_cuda.calls("cuMemcpyBatchAsync") >= 2)
         engine.cancel(0)

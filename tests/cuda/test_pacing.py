@@ -17,7 +17,7 @@ from kvswitch.transfer import Layout, Region, TransferEngine
 
 OUT, IN = Direction
 PATIENCE = 30.0
-WINDOW, WINDOWS = 64 << 10, 64
+WINDOW, WINDOWS = 64 << 10, 32
 
 
 class Scene:
@@ -30,7 +30,7 @@ class Scene:
         device, host = cuda.device(nbytes), cuda.host(nbytes)
         self._small = cuda.device(4096), cuda.host(4096)
         self._direction = direction
-        cuda.reset(pause_us=0, bandwidth=32_000_000)  # a window takes 2 ms
+        cuda.reset(pause_us=0, bandwidth=3_200_000)  # a window takes 20 ms: long, for busy machines
         self.backend = CudaBackend(0, **{"copies": "batch", **settings})
         layouts = [Layout((Region(m.address, 4096, 4096),), nbytes // 4096) for m in (device, host)]
         self.engine = TransferEngine(self.backend, *layouts, window_bytes=window)
@@ -40,7 +40,7 @@ class Scene:
         """Begin a swap, then a small copy the same way: how many windows long that waits."""
         runs = np.array([[0, 0, WINDOW * WINDOWS // 4096]], np.int32)
         ticket = self.engine.submit(Transfer(0, self._direction, runs))
-        time.sleep(0.02)
+        time.sleep(0.05)
         src, dst = self._small[:: 1 - 2 * self._direction]
         begin, end = (self.backend.event() for _ in range(2))
         with self.backend.context as context:
@@ -73,10 +73,10 @@ def test_other_ways_of_giving_windows_keep_it_waiting(fake_cuda: Any) -> None:
     from kvswitch_cuda.dispatch import Slot
 
     queue._words[Slot.PACED] = 0
-    assert scene.probe() > 30
+    assert scene.probe() > 20
     scene.close()
     unbounded = Scene(fake_cuda, OUT, WINDOW * WINDOWS)
-    assert unbounded.probe() > 30
+    assert unbounded.probe() > 20
     unbounded.close()
 
 

@@ -183,8 +183,8 @@ def test_events_are_reached_in_order_and_tell_when(slow: Copies, queue: Queue) -
     assert second.wait(PATIENCE)
     assert first.done()
     assert first.time <= second.time
-    # A device's clock is known to a fraction of a millisecond.
-    assert before - 1e-3 <= first.time <= second.time <= time.perf_counter() + 1e-3
+    # A device's clock is read through the host's, which somebody else may keep busy.
+    assert before - 0.1 <= first.time <= second.time <= time.perf_counter() + 0.1
 
 
 def test_waiting_for_an_event_gives_up_in_time(slow: Copies, queue: Queue) -> None:
