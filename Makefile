@@ -96,7 +96,7 @@ GPU_PYTHON ?= python3
 gpu-test gpu-bench: export PYTHONPATH := .:cuda:examples
 
 gpu-test: ## What needs a GPU: conformance of the CUDA backend, the model in CUDA graphs
-	$(GPU_PYTHON) -m pytest -m gpu tests/transfer/test_backend.py tests/cuda tests/demo/test_graphs.py $(ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu -W default tests/transfer/test_backend.py tests/cuda tests/demo/test_graphs.py $(ARGS)
 
 gpu-bench: ## Copies beside the link's limit, in ten minutes; docs/benchmarks/cuda.json and plots
 	$(GPU_PYTHON) tests/benchmarks/cuda_bench.py $(ARGS)
