@@ -130,7 +130,9 @@ class SwitchMixin:
         lowest = max(request.priority for request in running)
         if head.priority >= lowest:
             return
-        slots = self.max_num_running_reqs - self._slots_elsewhere()
+        # Who has blocks already, loaded or being loaded, comes before all others.
+        landing = len(getattr(self, "kv_holding_waiting", ()))
+        slots = self.max_num_running_reqs - self._streaming() - landing
         room = self._room()
         if len(running) < slots and self._need(head) + self._headroom <= room:
             return  # vLLM admits it; the next one is looked at in the next iteration
@@ -168,7 +170,12 @@ class SwitchMixin:
             short = blocks + self._headroom - self._planning.pool.free_blocks
             self._planning.planner.give_way(short)
 
-    def _slots_elsewhere(self) -> int:
+    def slots_are_taken(self) -> bool:
+        """Whether requests that run or are being loaded have all slots."""
+        taken = len(self.running) + len(self._planning.loading)
+        return taken + self._streaming() >= int(self.max_num_running_reqs)
+
+    def _streaming(self) -> int:
         return int(getattr(self, "num_waiting_for_streaming_input", 0))
 
     def _room(self) -> int:
