@@ -21,6 +21,7 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPol
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from kvswitch.errors import ConfigError
 from kvswitch_vllm.connector import KVSwitchConnector
 from kvswitch_vllm.priorities import Priorities
 from kvswitch_vllm.switching import Candidates, choose
@@ -37,6 +38,8 @@ class SwitchMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.connector, KVSwitchConnector) or self.connector.planning is None:
+            raise ConfigError("kvswitch's scheduler needs kvswitch's KV connector beside it")
         self._planning = self.connector.planning
         self._planning.attach_scheduler(self)
         self._priorities = Priorities(self._planning.settings)
@@ -241,8 +244,6 @@ def make_scheduler(*args: Any, **kwargs: Any) -> Any:
         )
         return plain(*args, **kwargs)
     scheduler = (AsyncSwitchScheduler if asynchronous else SwitchScheduler)(*args, **kwargs)
-    if not isinstance(scheduler.connector, KVSwitchConnector):
-        raise TypeError("kvswitch's scheduler needs kvswitch's KV connector")
     if scheduler.policy != SchedulingPolicy.PRIORITY:
         log.warning("kvswitch: scheduling policy is not 'priority': nobody is preempted for others")
     return scheduler
