@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -27,6 +29,25 @@ except ImportError:  # before 0.32
 __all__ = ["KVSwitchConnector"]
 
 log = init_logger("vllm.kvswitch")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _timed(
+    call: Callable[Concatenate[KVSwitchConnector, P], T],
+) -> Callable[Concatenate[KVSwitchConnector, P], T]:
+    """Count the time spent in a method of the scheduler's side."""
+
+    @functools.wraps(call)
+    def timed(self: KVSwitchConnector, *args: P.args, **kwargs: P.kwargs) -> T:
+        started = perf_counter()
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            self._planning.overhead_seconds += perf_counter() - started
+
+    return timed
 
 
 class KVSwitchConnector(KVConnectorBase_V1, SupportsHMA):
@@ -78,26 +99,31 @@ class KVSwitchConnector(KVConnectorBase_V1, SupportsHMA):
         """A request has come."""
         self._planning.arrived(request)
 
+    @_timed
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int, *args: Any, **kwargs: Any
     ) -> tuple[int | None, bool]:
         """What the host has of it; asked again in each step while it waits, so cheap and pure."""
         return self._planning.matched(request, num_computed_tokens)
 
+    @_timed
     def update_state_after_alloc(
         self, request: Any, blocks: Any, num_external_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """It has blocks: swap in."""
         self._planning.allocated(request, blocks, num_external_tokens)
 
+    @_timed
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The step's orders."""
         return self._planning.step(scheduler_output)
 
+    @_timed
     def update_connector_output(self, connector_output: Any) -> None:
         """What has ended."""
         self._planning.observe(connector_output)
 
+    @_timed
     def request_finished(
         self, request: Any, block_ids: Sequence[int]
     ) -> tuple[bool, dict[str, Any] | None]:

@@ -69,6 +69,8 @@ class Moving:
             raise
         self._worker = SwapWorker(self._engine, backend)
         self._loads: dict[int, Load] = {}
+        self._sources: dict[int, tuple[int, ...]] = {}  # swap-outs whose bytes a load reads
+        self._failed: set[int] = set()  # swap-outs
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._stall = 0.0
@@ -80,21 +82,28 @@ class Moving:
             self._fail(load)
         if step.orders is None:
             return
+        orders = decode_orders(step.orders)
         self._loads.update(step.loads)
-        self._worker.submit(decode_orders(step.orders))
+        self._sources.update({t.id: t.after for t in orders.transfers if t.id in step.loads})
+        self._worker.submit(orders)
         self._stall += self._worker.wait()
 
     def after_forward(self) -> set[str]:
         """Collect what has ended; the requests whose load has."""
         report = self._worker.report()
+        self._failed.update(transfer for transfer in report.failed if transfer not in self._loads)
         for transfer in (*report.completed, *report.failed):
             load = self._loads.pop(transfer, None)
             if load is None:
                 continue
-            if transfer in report.failed:
+            # What never got to the host was not brought back by a copy that went well.
+            if transfer in report.failed or not self._failed.isdisjoint(self._sources[transfer]):
                 self._fail(load)
             elif load.request is not None:
                 self._received.add(load.request)
+            del self._sources[transfer]
+        if not self._loads:
+            self._failed.clear()
         if report.completed or report.failed or self._stall:
             self._reports.append((self._rank, encode(report), self._stall))
             self._stall = 0.0

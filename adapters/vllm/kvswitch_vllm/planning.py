@@ -39,6 +39,8 @@ class Planning:
     ----------
     planner : EngineSwapManager
         From `bind` on.
+    loading : set of str
+        Requests whose swap-in is under way, while others run.
     overhead_seconds : float
         Time spent in here.
     """
@@ -72,7 +74,7 @@ class Planning:
         self._manager: Any = None
         self._scheduler: Any = None  # ours, unless in connector-only mode
         self._running = 0  # in the last step, in connector-only mode
-        self._loading: set[str] = set()
+        self.loading: set[str] = set()
         self._lost: list[Load] = []
         self._offer: tuple[str, int, int, bool] | None = None
         self._left: dict[str, int] = {}  # tokens that a preempted request had computed
@@ -128,8 +130,15 @@ class Planning:
 
     # -- admission -------------------------------------------------------------------------------
 
-    def matched(self, request: Any, local: int) -> tuple[int, bool]:
-        """How many tokens beyond `local` can be loaded, and whether the batch goes on without."""
+    def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
+        """How many tokens beyond `local` can be loaded, and whether the batch goes on without.
+
+        None keeps `request` waiting: vLLM gives requests that are being loaded no slot, so somebody
+        less important would take it before they have landed.
+        """
+        if self._scheduler is not None and self.loading and self._scheduler.slots_are_taken():
+            self._offer = None
+            return None, False
         if not self._swap:
             self._offer = (request.request_id, local, local, False)
             return 0, False
@@ -165,7 +174,7 @@ class Planning:
         got = self.planner.swap_in(name, local, have, ids, keys=keys, wait=not later)
         self.planner.set_priority(name, -float(request.priority))
         if later:
-            self._loading.add(name)
+            self.loading.add(name)
         if got < have:
             first, last = got // self.block_tokens, -(-have // self.block_tokens)
             self._lost.append(Load(name if later and got <= local else None, (*ids[first:last],)))
@@ -201,7 +210,7 @@ class Planning:
         self._left.pop(name, None)
         self._tables.pop(name, None)
         self._keys.pop(name, None)
-        if name in self._loading or not ids or not self._swap:
+        if name in self.loading or not ids or not self._swap:
             self.planner.drop(name)
             return
         tokens = request.num_computed_tokens
@@ -250,7 +259,7 @@ class Planning:
                     for _, first, count in transfer.runs.tolist()
                     for block in range(first, first + count)
                 )
-                loads[transfer.id] = Load(name if name in self._loading else None, blocks)
+                loads[transfer.id] = Load(name if name in self.loading else None, blocks)
         lost, self._lost = tuple(self._lost), []
         self._observe_step(started)
         if not (orders.transfers or orders.cancel or orders.wait or lost):
@@ -300,7 +309,7 @@ class Planning:
                 self.stall_seconds += stall if rank == 0 else 0.0
             self.planner.observe(self._ranks.merged())
         if output.finished_recving:
-            self._loading -= output.finished_recving
+            self.loading -= output.finished_recving
 
     # -- reports ---------------------------------------------------------------------------------
 

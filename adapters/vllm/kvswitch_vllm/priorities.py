@@ -88,7 +88,8 @@ class Priorities:
         return entered >= 0 and entered + self._quantum > self.iteration
 
     def _set(self, requests: list[Any]) -> None:
-        known = [(r, self._standings[r.request_id]) for r in requests]
+        standings = self._standings  # an aborted request may be there until its load has ended
+        known = [(r, standings[r.request_id]) for r in requests if r.request_id in standings]
         if not known:
             return
         epoch = self._epoch

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPol
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from kvswitch.errors import ConfigError
 from kvswitch_vllm.connector import KVSwitchConnector
 from kvswitch_vllm.priorities import Priorities
 from kvswitch_vllm.switching import Candidates, choose
@@ -37,6 +38,8 @@ class SwitchMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.connector, KVSwitchConnector) or self.connector.planning is None:
+            raise ConfigError("kvswitch's scheduler needs kvswitch's KV connector beside it")
         self._planning = self.connector.planning
         self._planning.attach_scheduler(self)
         self._priorities = Priorities(self._planning.settings)
@@ -130,7 +133,9 @@ class SwitchMixin:
         lowest = max(request.priority for request in running)
         if head.priority >= lowest:
             return
-        slots = self.max_num_running_reqs - self._slots_elsewhere()
+        # Who has blocks already, loaded or being loaded, comes before all others.
+        landing = len(getattr(self, "kv_holding_waiting", ()))
+        slots = self.max_num_running_reqs - self._streaming() - landing
         room = self._room()
         if len(running) < slots and self._need(head) + self._headroom <= room:
             return  # vLLM admits it; the next one is looked at in the next iteration
@@ -168,7 +173,12 @@ class SwitchMixin:
             short = blocks + self._headroom - self._planning.pool.free_blocks
             self._planning.planner.give_way(short)
 
-    def _slots_elsewhere(self) -> int:
+    def slots_are_taken(self) -> bool:
+        """Whether requests that run or are being loaded have all slots."""
+        taken = len(self.running) + len(self._planning.loading)
+        return taken + self._streaming() >= int(self.max_num_running_reqs)
+
+    def _streaming(self) -> int:
         return int(getattr(self, "num_waiting_for_streaming_input", 0))
 
     def _room(self) -> int:
@@ -234,8 +244,6 @@ def make_scheduler(*args: Any, **kwargs: Any) -> Any:
         )
         return plain(*args, **kwargs)
     scheduler = (AsyncSwitchScheduler if asynchronous else SwitchScheduler)(*args, **kwargs)
-    if not isinstance(scheduler.connector, KVSwitchConnector):
-        raise TypeError("kvswitch's scheduler needs kvswitch's KV connector")
     if scheduler.policy != SchedulingPolicy.PRIORITY:
         log.warning("kvswitch: scheduling policy is not 'priority': nobody is preempted for others")
     return scheduler

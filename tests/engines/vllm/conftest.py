@@ -109,9 +109,10 @@ class Engine:
         return list(runner.kv_caches)
 
     def poison_free_blocks(self) -> None:
-        """Make KV that nobody may read any more visible: NaN in all blocks without references.
+        """Make KV that nobody may read any more visible, in all blocks without references.
 
-        Those whose content can be hit in the prefix cache, or is still being read, are spared.
+        Those whose content can be hit in the prefix cache, or is still being read, are spared. Not
+        by NaN: the CPU's attention multiplies what lies behind a sequence's end by 0.
         """
         leaving = self.planning.planner._leaving if self.planning is not None else {}
         free = [
@@ -123,10 +124,12 @@ class Engine:
             and block.block_id not in leaving
         ]
         for cache in self.caches():
-            cache[free] = float("nan")
+            cache[free] = 50.0
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.core is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.core = None
 
 
 @pytest.fixture

@@ -75,7 +75,10 @@ class Chats:
 
     def admit(self) -> bool:
         busy = {chat for chat, *_ in self.running}
-        chat = self.rng.choice([c for c in range(len(self.history)) if c not in busy])
+        idle = [c for c in range(len(self.history)) if c not in busy]
+        if not idle:
+            return False
+        chat = self.rng.choice(idle)
         if len(self.history[chat]) > 2000:
             self.history[chat] = self.random_tokens(200)
         request = make_request(f"t{self.turns}", self.history[chat] + self.random_tokens(60))
