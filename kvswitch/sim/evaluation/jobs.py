@@ -153,7 +153,7 @@ class Results:
             try:
                 data = (self._directory / f"{job.key}.json").read_bytes()
                 self._known[job] = msgspec.json.decode(data, type=Result)
-            except (FileNotFoundError, msgspec.DecodeError):
+            except (OSError, msgspec.DecodeError):
                 return None
         return self._known[job]
 

@@ -91,8 +91,8 @@ FULL = Scale(
 QUICK = Scale(
     "quick",
     seeds=1,
-    conversations=80,
-    fewer=60,
+    conversations=60,
+    fewer=50,
     epochs=(100, 50, 25),
     groups=(4, 60, 188),
     memory=(5.0, 20.0, 60.0),
