@@ -259,9 +259,7 @@ class TransferEngine:
 
             def there() -> bool:
                 return all(
-                    ticket.done
-                    or ticket.arrived
-                    >= ticket.num_blocks * self._before[regions]
+                    ticket.done or ticket.arrived >= ticket.num_blocks * self._before[regions]
                     for ticket in left.values()
                 )
 

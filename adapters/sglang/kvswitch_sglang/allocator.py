@@ -27,7 +27,7 @@ from kvswitch_sglang.settings import Settings
 __all__ = ["GroupPagedAllocator", "GroupTokenAllocator", "take_over"]
 
 
-class GroupMixin(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
+class GroupMixin(BaseTokenToKVPoolAllocator):
     """Mixed into SGLang's allocators; shares their base, so that one can become a `GroupMixin`.
 
     Attributes
@@ -115,7 +115,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
                 continue
             host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
             host.copy_(ids, non_blocking=True)
-            copied = torch.cuda.Event()
+            copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
             self._staged.append((host, copied))
 
@@ -126,14 +126,15 @@ class GroupMixin(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
             self.pages.give(ids.numpy().astype(np.int32))
 
 
-class GroupPagedAllocator(GroupMixin, PagedTokenToKVPoolAllocator):  # type: ignore[misc]
+class GroupPagedAllocator(GroupMixin, PagedTokenToKVPoolAllocator):
     """Pages of several tokens."""
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         """Whole pages for nobody in particular."""
         if not self._choose([(NOBODY, need_size // self.page_size)]):
             return None
-        return super().alloc(need_size)
+        slots: torch.Tensor | None = super().alloc(need_size)
+        return slots
 
     def alloc_extend(
         self,
@@ -151,7 +152,7 @@ class GroupPagedAllocator(GroupMixin, PagedTokenToKVPoolAllocator):  # type: ign
         owners = self._owners(len(counts))
         if not self._choose(list(zip(owners, counts, strict=True))):
             return None
-        return super().alloc_extend(
+        slots: torch.Tensor | None = super().alloc_extend(
             prefix_lens,
             prefix_lens_cpu,
             seq_lens,
@@ -160,6 +161,7 @@ class GroupPagedAllocator(GroupMixin, PagedTokenToKVPoolAllocator):  # type: ign
             extend_num_tokens,
             sum(counts),
         )
+        return slots
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
@@ -169,10 +171,11 @@ class GroupPagedAllocator(GroupMixin, PagedTokenToKVPoolAllocator):  # type: ign
         owners = self._owners(len(grows))
         if not self._choose(list(zip(owners, map(int, grows), strict=True))):
             return None
-        return super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
+        slots: torch.Tensor | None = super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
+        return slots
 
 
-class GroupTokenAllocator(GroupMixin, TokenToKVPoolAllocator):  # type: ignore[misc]
+class GroupTokenAllocator(GroupMixin, TokenToKVPoolAllocator):
     """Pages of one token."""
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
@@ -182,7 +185,8 @@ class GroupTokenAllocator(GroupMixin, TokenToKVPoolAllocator):  # type: ignore[m
             demands = [(NOBODY, need_size)]
         if not self._choose(demands):
             return None
-        return super().alloc(need_size)
+        slots: torch.Tensor | None = super().alloc(need_size)
+        return slots
 
     def free(self, free_index: torch.Tensor) -> None:
         """Give slots back."""

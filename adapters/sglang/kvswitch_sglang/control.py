@@ -60,14 +60,12 @@ class Control:
 
     def begin_pass(self, scheduler: Any, running: Any, last: Any) -> None:
         """Begin a scheduling pass."""
-        if self._lost and last is not None and any(self.is_lost(req) for req in last.reqs):
-            last.filter_batch(
-                keep_indices=[
-                    i
-                    for i, req in enumerate(last.reqs)
-                    if not self.is_lost(req) and not req.finished()
-                ]
-            )
+        if self._lost:
+            # With overlap, their result is still to come. Until then they take part in nothing.
+            if scheduler.chunked_req is not None and self.is_lost(scheduler.chunked_req):
+                scheduler.chunked_req = None
+            for req in self._lost.values():
+                _take_out(last, req)
         batches = [batch for batch in (running, last) if batch is not None]
         self.running = len(running.reqs) if running is not None else 0
         if not scheduler.enable_priority_scheduling:
@@ -150,7 +148,7 @@ class Control:
         )
         if most <= need:
             return False
-        leaving = []
+        leaving: list[Any] = []
         for victim in victims:
             if slots > 0 and adder.rem_total_tokens > need:
                 break
@@ -203,7 +201,7 @@ class Control:
         """The result of a batch has been processed: those whose load had failed leave now."""
         if not self._lost:
             return
-        for req in batch.reqs:
+        for req in list(batch.reqs):
             owner = _owner(req)
             if owner not in self._lost or not req.kv.holds_kv:
                 continue
@@ -211,9 +209,8 @@ class Control:
                 scheduler.chunked_req = None
             _release(req, self._cache)
             del self._lost[owner]
-            if scheduler.last_batch is not None:
-                _take_out(scheduler.last_batch, req)
-            _take_out(scheduler.running_batch, req)
+            for each in (batch, scheduler.last_batch, scheduler.running_batch):
+                _take_out(each, req)
             scheduler._add_request_to_queue(req, is_retracted=True)
 
 
@@ -225,7 +222,7 @@ def _release(req: Any, cache: Any) -> None:
 
 
 def _take_out(batch: Any, req: Any) -> None:
-    if any(r is req for r in batch.reqs):
+    if batch is not None and any(r is req for r in batch.reqs):
         batch.filter_batch(keep_indices=[i for i, r in enumerate(batch.reqs) if r is not req])
 
 

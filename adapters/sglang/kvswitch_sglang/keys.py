@@ -44,7 +44,9 @@ class PageKeys:
         if len(keys) < pages:
             ids = tokens if isinstance(tokens, array) else array("q", tokens)
             view = memoryview(ids).cast("B")
-            last = keys[-1] if keys else blake2b(repr(namespace).encode(), digest_size=_BYTES).digest()
+            last = (
+                keys[-1] if keys else blake2b(repr(namespace).encode(), digest_size=_BYTES).digest()
+            )
             size = self._page_bytes
             for start in range(len(keys) * size, pages * size, size):
                 last = blake2b(view[start : start + size], key=last, digest_size=_BYTES).digest()

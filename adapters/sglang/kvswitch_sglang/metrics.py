@@ -39,9 +39,9 @@ class Metrics:
             for name, text in COUNTERS.items()
         }
         self._metrics |= {
-            name: Gauge(
-                f"kvswitch_{name}", text, names, multiprocess_mode="mostrecent"
-            ).labels(**labels)
+            name: Gauge(f"kvswitch_{name}", text, names, multiprocess_mode="mostrecent").labels(
+                **labels
+            )
             for name, text in GAUGES.items()
         }
         self._switching = switching

@@ -138,9 +138,7 @@ class PagePool:
 
     # -- the planner -------------------------------------------------------------------------------
 
-    def note_ended(
-        self, owner: Hashable, pages: Sequence[int], keys: Sequence[Hashable]
-    ) -> None:
+    def note_ended(self, owner: Hashable, pages: Sequence[int], keys: Sequence[Hashable]) -> None:
         """`owner` has ended; its pages are the tree's, and will be given back some time."""
         self._ended.update((page, (key, owner)) for page, key in zip(pages, keys, strict=True))
 
@@ -183,5 +181,3 @@ class PagePool:
         """Mean length of the contiguous runs that `pages` make in this order."""
         breaks = int(np.count_nonzero(np.diff(pages) != 1))
         return len(pages) / (breaks + 1) if len(pages) else 0.0
-
-

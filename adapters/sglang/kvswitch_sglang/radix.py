@@ -48,10 +48,12 @@ def priority_of(req: Any) -> float:
     """How important a request is; larger is more."""
     if req.priority is None:
         return 0.0
-    return float(-req.priority if get_schedule().schedule_low_priority_values_first else req.priority)
+    return float(
+        -req.priority if get_schedule().schedule_low_priority_values_first else req.priority
+    )
 
 
-class KVSwitchRadixCache(UnifiedRadixCache):  # type: ignore[misc]
+class KVSwitchRadixCache(UnifiedRadixCache):
     """The tree cache of ``--radix-cache-backend kvswitch``.
 
     Attributes
@@ -307,12 +309,15 @@ def make_cache(context: Any) -> KVSwitchRadixCache:
         checks.check_names()
         checks.check_context(context, settings)
         install_hooks()
-        cache = create_unified_radix_cache(context, cache_class=KVSwitchRadixCache)
+        cache: KVSwitchRadixCache = create_unified_radix_cache(
+            context, cache_class=KVSwitchRadixCache
+        )
         cache.start(context, settings)
     except ConfigError as error:
         print(f"kvswitch: {error}", file=sys.stderr)
         raise
     switching = cache.switching
+    assert switching is not None
     log.info(
         "kvswitch: %d host pages of %d bytes, page size %d, policy %s",
         switching.planner.copies.pool.num_blocks,

@@ -36,7 +36,7 @@ class Settings(Config, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     policy: str = "fixed"
-    policy_settings: dict[str, Any] = {}
+    policy_settings: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
     epoch: int = 25
     quantum: int = 5
 
@@ -77,7 +77,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
             '{"host_memory": "32GiB"}, or the path of a .json or .toml file'
         ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{where} has no JSON object, such as {{\"host_memory\": \"32GiB\"}}")
+        raise ConfigError(f'{where} has no JSON object, such as {{"host_memory": "32GiB"}}')
     try:
         return Settings.from_mapping(found)
     except ConfigError as error:

@@ -93,6 +93,7 @@ class Switching:
         self.page_bytes = layout.block_bytes
         self._page_tokens = page_tokens
         self._swap = settings.preemption == "switch"
+        self._always = settings.strategy in ("sync", "serial")
         self._arena = HostArena(host_blocks * layout.block_bytes)
         try:
             self._engine = TransferEngine(
@@ -145,7 +146,14 @@ class Switching:
         """
         # Pages before the first one are on the device, and play no part.
         blocks = [0] * (first // self._page_tokens) + pages.tolist()
-        wait = not by_layer or self.planner.worth_waiting(tokens - first, running)
+        wait = (
+            not by_layer
+            or self._always
+            or (
+                # With nobody to hold up, there is nothing to be gained by waiting for everything.
+                running > 0 and self.planner.worth_waiting(tokens - first, running)
+            )
+        )
         got = self.planner.swap_in(
             owner, first, tokens, blocks, keys=keys, wait=wait, by_layer=by_layer
         )

@@ -51,6 +51,7 @@ class Server:
             "grammar_backend": "none",
             "random_seed": 0,
             "page_size": 16,
+            "priority_scheduling_preemption_threshold": 0,
             **({"radix_cache_backend": "kvswitch"} if kvswitch else {}),
             **arguments,
         }
@@ -167,10 +168,27 @@ class Server:
     def switching(self) -> Any:
         return self.cache.switching
 
-    def retract(self, indices: Iterable[int]) -> list[Any]:
-        """Retract running requests, as the scheduler does when memory runs out."""
+    def retract(self, indices: Iterable[int], *, poison: bool = False) -> None:
+        """Retract running requests, as the scheduler does when memory runs out.
+
+        With overlap that is within a pass, where results under way have not been processed: then
+        it is done in the next pass that decodes.
+        """
+        if not self.overlap:
+            self._retract(self.scheduler.running_batch, indices, poison)
+            return
         s = self.scheduler
-        batch = s.running_batch
+        original = type(s).update_running_batch
+
+        def update(batch: Any) -> Any:
+            del s.update_running_batch
+            batch.filter_batch(reqs_to_exclude=s._reqs_finishing_inflight(batch))
+            self._retract(batch, indices, poison)
+            return original(s, batch)
+
+        s.update_running_batch = update
+
+    def _retract(self, batch: Any, indices: Iterable[int], poison: bool) -> None:
         batch.filter_batch()
         chosen = [i for i in indices if i < len(batch.reqs)]
         victims = [batch.reqs[i] for i in chosen]
@@ -178,9 +196,10 @@ class Server:
             batch.release_req(i, len(batch.reqs) - n - 1)
         batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i not in chosen])
         batch.batch_is_full = False
+        if poison:
+            self.poison()
         for req in victims:
-            s._add_request_to_queue(req, is_retracted=True)
-        return victims
+            self.scheduler._add_request_to_queue(req, is_retracted=True)
 
     def poison(self) -> int:
         """Evict the tree, end all copies, and fill every free page with NaN; how many these are."""

@@ -56,7 +56,10 @@ def remember(server: Server, requests: list[Any], tokens: int) -> Callable[[int]
 def forced(page_size: int, overlap: bool, chunk: int | None = None) -> dict[str, Any]:
     """Retract some again and again, with all free pages NaN; tokens and bytes stay the same."""
     server = Server(
-        TINY, page_size=page_size, overlap=overlap, **({"chunked_prefill_size": chunk} if chunk else {})
+        TINY,
+        page_size=page_size,
+        overlap=overlap,
+        **({"chunked_prefill_size": chunk} if chunk else {}),
     )
     given = prompts(8)
     requests = serve(server, given, 60)
@@ -70,8 +73,7 @@ def forced(page_size: int, overlap: bool, chunk: int | None = None) -> dict[str,
 
     def each(number: int) -> None:
         if number in (10, 22, 36, 55):
-            server.retract([0, 1, 2, 5])
-            assert server.poison() > 0
+            server.retract([0, 1, 2, 5], poison=True)
             server.check()
         look(number)
 
@@ -108,8 +110,7 @@ def exact(page_size: int) -> dict[str, Any]:
         server.step()
     running = list(server.scheduler.running_batch.reqs)
     before = {r.rid: server.kv(r, r.owned_kv_len()).clone() for r in running}
-    server.retract(range(len(running)))
-    server.poison()
+    server.retract(range(len(running)), poison=True)
     partial = 0
     for _ in range(3):
         server.step()
@@ -135,8 +136,7 @@ def wrong_bytes() -> dict[str, Any]:
 
     def each(number: int) -> None:
         if number == 12:
-            server.retract([0, 1])
-            server.poison()
+            server.retract([0, 1], poison=True)
             host = server.switching._arena.view().view(np.float32)
             host[:] = np.random.default_rng(0).normal(size=host.size)
 
@@ -219,7 +219,12 @@ def preemption_for_memory() -> dict[str, Any]:
     server.run([*low, high, same])
     server.check_idle()
     server.close()
-    return {"gone": gone, "again": again, "raised": raised, "recomputed": server.switching.stats().tokens_lost}
+    return {
+        "gone": gone,
+        "again": again,
+        "raised": raised,
+        "recomputed": server.switching.stats().tokens_lost,
+    }
 
 
 def turns(page_size: int) -> dict[str, Any]:
@@ -329,8 +334,7 @@ def faults(overlap: bool, out: float, back: float, chunk: int | None = None) -> 
 
     def each(number: int) -> None:
         if number % 8 == 6:
-            server.retract([0, 1, 2])
-            server.poison()
+            server.retract([0, 1, 2], poison=True)
         server.check()
 
     found = server.run(requests, each=each)
@@ -355,8 +359,7 @@ def little_host_memory() -> dict[str, Any]:
 
     def each(number: int) -> None:
         if number in (10, 25, 40):
-            server.retract([0, 1, 2, 3])
-            server.poison()
+            server.retract([0, 1, 2, 3], poison=True)
 
     assert server.run(requests, each=each) == expected
     stats = server.switching.stats()
@@ -401,8 +404,7 @@ def layers() -> dict[str, Any]:
 
     def each(number: int) -> None:
         if number == 8:
-            server.retract([0, 1])
-            server.poison()
+            server.retract([0, 1], poison=True)
 
     assert server.run(requests, each=each) == expected
     stats = switching.stats()
@@ -415,8 +417,10 @@ def layers() -> dict[str, Any]:
     }
 
 
-def soak(seconds: float, seed: int = 0, overlap: bool = True, page_size: int = 16) -> dict[str, Any]:
-    """Everything at once, for a while: traffic, priorities, aborts, retractions, faults, flushes."""
+def soak(
+    seconds: float, seed: int = 0, overlap: bool = True, page_size: int = 16
+) -> dict[str, Any]:
+    """Everything at once for a while: traffic, priorities, aborts, retractions, faults."""
     import time
 
     import kvswitch_sglang.switching as module
@@ -439,7 +443,7 @@ def soak(seconds: float, seed: int = 0, overlap: bool = True, page_size: int = 1
     done = number = 0
     while time.monotonic() < end:
         live = []
-        for i in range(30):
+        for _ in range(30):
             k = rng.randrange(len(given))
             live.append((k, server.submit(f"s{number}", given[k], 40, priority=rng.randrange(6))))
             number += 1

@@ -29,7 +29,7 @@ def test_without_the_variable_there_are_defaults() -> None:
 def test_settings_are_json_or_a_file(tmp_path: Path) -> None:
     assert read('{"host_memory": "1GiB", "policy": "random"}').policy == "random"
     (tmp_path / "k.json").write_text('{"epoch": 7}')
-    (tmp_path / "k.toml").write_text('epoch = 7\n[policy_settings]\nageing = 4\n')
+    (tmp_path / "k.toml").write_text("epoch = 7\n[policy_settings]\nageing = 4\n")
     assert read(str(tmp_path / "k.json")).epoch == 7
     assert read(str(tmp_path / "k.toml")).policy_settings == {"ageing": 4}
 
