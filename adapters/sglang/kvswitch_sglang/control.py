@@ -12,6 +12,7 @@ as if it had been retracted, without copies, once that forward's result has been
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
     from kvswitch_sglang.settings import Settings
     from kvswitch_sglang.switching import Switching
 
-__all__ = ["Control", "install_hooks"]
+__all__ = ["Control", "install_hooks", "owner_of", "signed"]
+
+_serial = count()
+
+
+def owner_of(req: Any) -> Hashable:
+    """Who a request's copies belong to: itself, for its id may come again with other tokens."""
+    owner: Hashable = getattr(req, "kvswitch_owner", None)
+    if owner is None:
+        owner = req.kvswitch_owner = (req.rid, next(_serial))
+    return owner
+
 
 _LOWEST = -(2.0**53)  # stands for "no priority given", so that ageing can still be added to it
 
@@ -52,8 +64,10 @@ class Control:
             quantum=settings.quantum,
         )
         self._fixed = settings.policy == "fixed" and not settings.policy_settings
-        self._requests: dict[Hashable, Any] = {}
+        self._owners: dict[Hashable, Hashable] = {}  # by SGLang's handles
+        self._requests: dict[Hashable, Any] = {}  # those with priorities
         self._lost: dict[Hashable, Any] = {}  # their load has failed
+        self._ran: Any = None  # the newest batch that was run, which will be the last one
         self.running = 0
 
     # -- the pass ----------------------------------------------------------------------------------
@@ -70,7 +84,7 @@ class Control:
         self.running = len(running.reqs) if running is not None else 0
         if not scheduler.enable_priority_scheduling:
             return
-        owners = {_owner(req) for batch in batches for req in batch.reqs}
+        owners = {owner_of(req) for batch in batches for req in batch.reqs}
         changed = self._priorities.begin(owners)
         if not self._fixed:
             for owner, priority in changed.items():
@@ -78,25 +92,33 @@ class Control:
 
     def queued(self, scheduler: Any, req: Any) -> None:
         """Take note of a request that has come, or come back."""
+        if not scheduler.waiting_queue or scheduler.waiting_queue[-1] is not req:
+            return  # it was refused
+        owner = owner_of(req)
+        self._owners[req.cache_request_handle] = owner
         if not scheduler.enable_priority_scheduling or req.priority is None:
             return
-        owner = _owner(req)
         if owner not in self._requests:
             self._requests[owner] = req
-            base = _signed(req.priority)
+            base = signed(req.priority)
             priority = self._priorities.add(owner, max(base, _LOWEST))
             if not self._fixed:
                 self._set(req, priority)
 
-    def gone(self, owner: Hashable) -> None:
+    def owner_of_handle(self, handle: Hashable) -> Hashable | None:
+        """Whose copies SGLang means by its own handle for a request that is queued or runs."""
+        return self._owners.get(handle)
+
+    def gone(self, handle: Hashable) -> None:
         """Take note that a request has ended."""
+        owner = self._owners.pop(handle, None)
         self._requests.pop(owner, None)
         self._priorities.remove(owner)
 
     def admitted(self, batch: Any) -> None:
         """Take note of the requests of a new prefill batch."""
         for req in batch.reqs:
-            owner = _owner(req)
+            owner = owner_of(req)
             self._priorities.entered(owner)
             self._switching.resumed(owner, req.prefix_len)
 
@@ -115,12 +137,12 @@ class Control:
                 "--enable-priority-scheduling"
             )
         for req in found:
-            self._set(req, self._priorities.set_base(_owner(req), _signed(priority)))
+            self._set(req, self._priorities.set_base(owner_of(req), signed(priority)))
         return len(found)
 
     def _set(self, req: Any, priority: float) -> None:
-        req.priority = int(_signed(priority))
-        self._switching.planner.set_priority(_owner(req), priority)
+        req.priority = int(signed(priority))
+        self._switching.planner.set_priority(owner_of(req), priority)
 
     # -- preemption --------------------------------------------------------------------------------
 
@@ -169,32 +191,33 @@ class Control:
 
     def _victims(self, adder: Any, req: Any) -> list[Any]:
         """Running requests that may be preempted for `req`, the least important first."""
-        least = _signed(req.priority) - adder.priority_scheduling_preemption_threshold
+        least = signed(req.priority) - adder.priority_scheduling_preemption_threshold
         found = [
             r
             for r in adder.running_batch.reqs
-            if _signed(r.priority) < least
+            if signed(r.priority) < least
             and not r.finished()
             and r.kv.holds_kv
-            and not self._priorities.protected(_owner(r))
+            and not self._priorities.protected(owner_of(r))
         ]
-        found.sort(key=lambda r: (_signed(r.priority), -r.time_stats.wait_queue_entry_time))
+        found.sort(key=lambda r: (signed(r.priority), -r.time_stats.wait_queue_entry_time))
         return found
 
     # -- failed loads ------------------------------------------------------------------------------
 
     def is_lost(self, req: Any) -> bool:
         """Whether a request's load has failed, and its result has yet to be passed over."""
-        return bool(self._lost) and _owner(req) in self._lost
+        return bool(self._lost) and owner_of(req) in self._lost
 
     def forward_ended(self, batch: Any) -> None:
         """Find out whose load has failed, once a forward has been given to the device."""
+        self._ran = batch
         lost = self._switching.after_forward(len(batch.reqs))
         if not lost:
             return
         for req in batch.reqs:
-            if _owner(req) in lost:
-                self._lost[_owner(req)] = req
+            if owner_of(req) in lost:
+                self._lost[owner_of(req)] = req
                 req.is_retracted = True  # SGLang passes its result over
 
     def processed(self, scheduler: Any, batch: Any) -> None:
@@ -202,14 +225,14 @@ class Control:
         if not self._lost:
             return
         for req in list(batch.reqs):
-            owner = _owner(req)
+            owner = owner_of(req)
             if owner not in self._lost or not req.kv.holds_kv:
                 continue
             if scheduler.chunked_req is req:
                 scheduler.chunked_req = None
             _release(req, self._cache)
             del self._lost[owner]
-            for each in (batch, scheduler.last_batch, scheduler.running_batch):
+            for each in (self._ran, scheduler.last_batch, scheduler.running_batch):
                 _take_out(each, req)
             scheduler._add_request_to_queue(req, is_retracted=True)
 
@@ -226,12 +249,7 @@ def _take_out(batch: Any, req: Any) -> None:
         batch.filter_batch(keep_indices=[i for i, r in enumerate(batch.reqs) if r is not req])
 
 
-def _owner(req: Any) -> Hashable:
-    handle: Hashable = req.cache_request_handle
-    return handle
-
-
-def _signed(priority: float) -> float:
+def signed(priority: float) -> float:
     """SGLang's number with larger meaning more important, or back."""
     from sglang.srt.runtime_context import get_schedule
 
@@ -354,14 +372,14 @@ def _around_extend(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if (control := _control(self.tree_cache)) is None:
         return original(self, *args, **kwargs)
     control.admitted(self)
-    demands = [(_owner(req), req.extend_end - req.prefix_len) for req in self.reqs]
+    demands = [(owner_of(req), req.extend_end - req.prefix_len) for req in self.reqs]
     return _allocating(original, self, demands, *args, **kwargs)
 
 
 def _around_decode(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if _control(self.tree_cache) is None:
         return original(self, *args, **kwargs)
-    return _allocating(original, self, [(_owner(req), 1) for req in self.reqs], *args, **kwargs)
+    return _allocating(original, self, [(owner_of(req), 1) for req in self.reqs], *args, **kwargs)
 
 
 def _allocating(original: Any, batch: Any, demands: Any, *args: Any, **kwargs: Any) -> Any:

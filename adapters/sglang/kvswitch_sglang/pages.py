@@ -25,8 +25,8 @@ NOBODY: Hashable = object()
 class Holder(Protocol):
     """Who holds pages that SGLang has given back."""
 
-    def yield_pages(self, pages: int) -> None:
-        """Give up holds on at least so many, if so many are held."""
+    def yield_pages(self, pages: int) -> bool:
+        """Give up holds on at least so many, if so many are held; whether there was any."""
 
     def settle(self) -> None:
         """End everything under way, and with it all holds."""
@@ -87,11 +87,9 @@ class PagePool:
 
     def _make_free(self, pages: int) -> None:
         groups = self._groups
-        before = -1
-        while (free := groups.free_blocks) < pages and free != before:
-            before = free
-            self.holder.yield_pages(pages - free)
-        if free < pages:
+        while (short := pages - groups.free_blocks) > 0 and self.holder.yield_pages(short):
+            pass  # not all that is held is free to SGLang
+        if short > 0:
             # Only what a swap-in writes for somebody who has gone cannot be had earlier.
             self.holder.settle()
 

@@ -23,34 +23,23 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.runtime_context import get_schedule
 
 from kvswitch.errors import ConfigError
 from kvswitch.messages import BlockIds
 from kvswitch_sglang import checks
 from kvswitch_sglang.allocator import GroupMixin, take_over
-from kvswitch_sglang.control import Control, install_hooks
+from kvswitch_sglang.control import Control, install_hooks, owner_of, signed
 from kvswitch_sglang.keys import PageKeys
 from kvswitch_sglang.metrics import Metrics
 from kvswitch_sglang.settings import Settings, read_settings
 from kvswitch_sglang.switching import LayerWaits, Switching, log
 
-__all__ = ["KVSwitchRadixCache", "make_cache", "owner_of", "priority_of"]
+__all__ = ["KVSwitchRadixCache", "make_cache"]
 
 
-def owner_of(req: Any) -> Hashable:
-    """Who a request's copies belong to: its id and attempt, for ids may come again."""
-    handle: Hashable = req.cache_request_handle
-    return handle
-
-
-def priority_of(req: Any) -> float:
+def _priority_of(req: Any) -> float:
     """How important a request is; larger is more."""
-    if req.priority is None:
-        return 0.0
-    return float(
-        -req.priority if get_schedule().schedule_low_priority_values_first else req.priority
-    )
+    return 0.0 if req.priority is None else float(signed(req.priority))
 
 
 class KVSwitchRadixCache(UnifiedRadixCache):
@@ -185,7 +174,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             keys=keys,
             running=self.control.running,
             by_layer=self._by_layer(),
-            priority=priority_of(req),
+            priority=_priority_of(req),
         )
         slots = self._allocator.indices(pages)[:, None] * size
         slots = (slots + torch.arange(size, device=slots.device)).reshape(-1)
@@ -240,7 +229,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             tokens,
             self._row(req, tokens),
             keys=self._keys_of(req, known, tokens // self.page_size),
-            priority=priority_of(req),
+            priority=_priority_of(req),
         )
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
@@ -259,24 +248,28 @@ class KVSwitchRadixCache(UnifiedRadixCache):
                 switching.ended(owner, self._row(req, tokens), keys)
             else:
                 switching.drop(owner)
-            self._forget(owner)
+            self._forget(owner, req.cache_request_handle)
         switching.add_overhead(perf_counter() - started)
 
     def release_aborted_request(self, request: Any) -> None:
         """Forget a request that was aborted while it waited."""
         super().release_aborted_request(request)
-        if self.switching is not None:
-            tail = self._private.pop(request, None)
-            if tail is not None:  # its admission failed behind the load
-                pages = (tail[:: self.page_size] // self.page_size).cpu().numpy()
-                self._allocator.pages.give(pages.astype(np.int32))
-            self._allocator.pages.forget(request)
-            self.switching.drop(request)
-            self._forget(request)
+        if self.switching is None:
+            return
+        owner = self.control.owner_of_handle(request)
+        if owner is None:
+            return
+        tail = self._private.pop(owner, None)
+        if tail is not None:  # its admission failed behind the load
+            pages = (tail[:: self.page_size] // self.page_size).cpu().numpy()
+            self._allocator.pages.give(pages.astype(np.int32))
+        self._allocator.pages.forget(owner)
+        self.switching.drop(owner)
+        self._forget(owner, request)
 
-    def _forget(self, owner: Hashable) -> None:
+    def _forget(self, owner: Hashable, handle: Hashable) -> None:
         self._keys.forget(owner)
-        self.control.gone(owner)
+        self.control.gone(handle)
 
     def reset(self) -> None:
         """No copy made before may be used after it (cache flushed, weights changed)."""

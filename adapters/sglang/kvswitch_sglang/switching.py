@@ -203,9 +203,11 @@ class Switching:
 
     # -- what the pages ask (`Holder`) -------------------------------------------------------------
 
-    def yield_pages(self, pages: int) -> None:
-        """Give up holds on at least so many, if so many are held."""
+    def yield_pages(self, pages: int) -> bool:
+        """Give up holds on at least so many, if so many are held; whether there was any."""
+        held = self.planner.held_blocks > 0
         self.planner.give_way(pages)
+        return held
 
     def written(self, pages: BlockIds) -> None:
         """Take note that the coming forward writes these."""

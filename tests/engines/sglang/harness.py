@@ -245,6 +245,7 @@ class Server:
         assert not self.cache._keys._known
         assert not switching._left
         assert not self.cache.control._requests
+        assert not self.cache.control._owners
         assert len(self.cache.control._priorities) == 0
         self.check()
 

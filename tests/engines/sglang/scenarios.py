@@ -255,6 +255,10 @@ def turns(page_size: int) -> dict[str, Any]:
     before = server.switching.stats().blocks_in
     assert server.run([salted]) == [expected]
     foreign = server.switching.stats().blocks_in - before
+    same = server.submit("two", prompts(1, 31, 100, 101)[0], 30)  # an id that comes again
+    before = server.switching.stats().blocks_in
+    server.run([same])
+    assert server.switching.stats().blocks_in == before
     assert server.scheduler.flush_cache()
     after = server.submit("after", history, 30)
     before = server.switching.stats().blocks_in

@@ -28,11 +28,13 @@ class Holder:
         self.pool.hold(pages)
         (self.hard if hard else self.soft).append(pages)
 
-    def yield_pages(self, pages: int) -> None:
+    def yield_pages(self, pages: int) -> bool:
+        held = bool(self.soft)
         while pages > 0 and self.soft:
-            held = self.soft.pop(0)
-            self.pool.release(held)
-            pages -= len(held)
+            given = self.soft.pop(0)
+            self.pool.release(given)
+            pages -= len(given)
+        return held
 
     def settle(self) -> None:
         for held in (*self.soft, *self.hard):
