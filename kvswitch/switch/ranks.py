@@ -149,6 +149,4 @@ class ReducedReports:
             for direction in Direction
             if times[2 * direction] > 0
         )
-        return Observations(
-            completed, failed, measurements, float(times[4]) or None
-        )
+        return Observations(completed, failed, measurements, float(times[4]) or None)

@@ -138,8 +138,8 @@ class Lane:
         self._ledger: Final = ledger
         self._wake: Final = threading.Condition(ledger.lock)
         self._waiting: Final[deque[Job]] = deque()  # those of `jobs` that have not begun
-        # Only the dispatcher uses these: spans in the queue with their bytes, and None behind a job's
-        # last one.
+        # Only the dispatcher uses these: spans in the queue and their bytes, and None behind a
+        # job's last one.
         self._flying: Final[deque[tuple[Job, Event | None, int]]] = deque()
         self._spans = 0
         self._thread: Final = threading.Thread(

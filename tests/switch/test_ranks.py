@@ -295,15 +295,15 @@ def test_all_planners_are_told_the_same() -> None:
     fast, slow = Measurement(Direction.IN, 100, 0.1), Measurement(Direction.IN, 100, 0.9)
     told = reduced(
         [
-            (Observations((1,), (), (fast,), 0.5, 3), [1, 2]),
-            (Observations((), (2,), (slow,), 0.7, 3), [1, 2]),
+            (Observations((1,), (), (fast,), 0.5), [1, 2]),
+            (Observations((), (2,), (slow,), 0.7), [1, 2]),
         ],
         [(Observations(), [1, 2]), (Observations((1,)), [1, 2])],
         [(Observations((2,)), [2]), (Observations(), [2])],
     )
     assert told[0] == told[1]
     first, second, third = told[0]
-    assert first == Observations((), (), (fast,), 0.5, 3), "no transfer has ended on both"
+    assert first == Observations((), (), (fast,), 0.5), "no transfer has ended on both"
     assert (second.completed, second.failed) == ((1,), ())
     assert (third.completed, third.failed) == ((), (2,)), "it failed on one of them"
 
@@ -312,7 +312,7 @@ def test_a_lone_rank_reduces_nothing() -> None:
     def never(values: Any) -> Any:
         raise AssertionError("nobody to reduce with")
 
-    report = Observations((1,), (2,), (), 0.1, 1)
+    report = Observations((1,), (2,), (), 0.1)
     assert ReducedReports(0, 1, never).reduce(report, [1, 2]) is report
 
 

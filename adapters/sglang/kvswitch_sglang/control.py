@@ -212,7 +212,7 @@ class Control:
     def forward_ended(self, batch: Any) -> None:
         """Find out whose load has failed, once a forward has been given to the device."""
         self._ran = batch
-        lost = self._switching.after_forward(len(batch.reqs))
+        lost = self._switching.after_forward()
         if not lost:
             return
         for req in batch.reqs:

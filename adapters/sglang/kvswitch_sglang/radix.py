@@ -66,6 +66,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         self._private: dict[Hashable, torch.Tensor] = {}
         self._runner = runner
         self._on_cpu = torch.device(runner.device).type == "cpu"
+        overlap = not context.server_args.disable_overlap_schedule
         switching = Switching(
             settings,
             pages,
@@ -75,7 +76,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             rank=context.tp_rank if context.tp_size > 1 else 0,
             num_ranks=context.tp_size,
             minimum=self._minimum,
-            stream=None if self._on_cpu else getattr(runner, "forward_stream", None),
+            stream=runner.forward_stream if overlap and not self._on_cpu else None,
         )
         kv_cache.register_layer_transfer_counter(LayerWaits(switching))
         self.control = Control(self, switching, settings)

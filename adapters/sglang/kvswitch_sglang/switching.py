@@ -43,9 +43,8 @@ class Switching:
     minimum : callable
         As for `ReducedReports`.
     stream : optional
-        The stream on which SGLang runs its forwards; None where these are synchronous.
-    backend : Backend, optional
-        A copy backend to use instead of the one that `settings` name.
+        The stream on which SGLang runs its forwards; None for the current one, or where forwards
+        are synchronous.
 
     Raises
     ------
@@ -65,7 +64,6 @@ class Switching:
         num_ranks: int,
         minimum: Callable[[Any], Any],
         stream: object | None,
-        backend: Backend | None = None,
     ) -> None:
         host_blocks = settings.host_bytes // num_ranks // layout.block_bytes
         if host_blocks < 1:
@@ -73,10 +71,9 @@ class Switching:
                 f"host_memory of {settings.host_memory} does not hold one page of "
                 f"{layout.block_bytes} bytes on each of {num_ranks} ranks: give kvswitch more"
             )
-        if backend is None:
-            name = kind if settings.backend == "auto" else settings.backend
-            registered = plugin_manager().hook.kvswitch_backends()
-            backend = make_registered(registered, name, "copy backend")
+        name = kind if settings.backend == "auto" else settings.backend
+        registered = plugin_manager().hook.kvswitch_backends(layout=layout)
+        backend: Backend = make_registered(registered, name, "copy backend")
         self._pages = pages
         self._stream = stream
         self._layers = len(layout.regions) // _REGIONS
@@ -94,12 +91,17 @@ class Switching:
         self._page_tokens = page_tokens
         self._swap = settings.preemption == "switch"
         self._always = settings.strategy in ("sync", "serial")
-        self._arena = HostArena(host_blocks * layout.block_bytes)
+        try:
+            self._arena: HostArena = backend.host_arena(host_blocks * layout.block_bytes)
+        except BaseException:
+            backend.close()
+            raise
         try:
             self._engine = TransferEngine(
                 backend, layout, self._arena.layout(layout), window_bytes=settings.window_bytes
             )
         except BaseException:
+            backend.close()
             self._arena.close()
             raise
         self._worker = SwapWorker(self._engine, backend)
@@ -224,7 +226,7 @@ class Switching:
         while self.planner.busy:
             self._submit()
             self._engine.wait(self.planner.under_way)
-            self._observe(None, 0)
+            self._observe(None)
         self._stall += perf_counter() - started
 
     # -- the pass ----------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ class Switching:
         if self._loads:
             self._stalled += self._worker.wait_regions(self._loads, _REGIONS * (layer + 1))
 
-    def after_forward(self, batch: int) -> tuple[Hashable, ...]:
+    def after_forward(self) -> tuple[Hashable, ...]:
         """End the loads of a forward that has been given to the device.
 
         Returns
@@ -268,7 +270,7 @@ class Switching:
         self._stall += self._stalled
         self._stalled = 0.0
         started = perf_counter()
-        self._observe(seconds, batch)
+        self._observe(seconds)
         lost, self._lost = self._lost, ()
         self._overhead += perf_counter() - started
         return lost
@@ -277,13 +279,13 @@ class Switching:
         """Go on while there is nothing to run."""
         if self.planner.busy:
             self._submit()
-            self._observe(None, 0)
+            self._observe(None)
 
-    def _observe(self, seconds: float | None, batch: int) -> None:
+    def _observe(self, seconds: float | None) -> None:
         under_way = self.planner.under_way
         if not under_way and not self._alone:
             return  # no rank has anything to tell; nobody reduces
-        report = self._worker.report(step_seconds=seconds, batch=batch)
+        report = self._worker.report(step_seconds=seconds)
         self._lost += self.planner.observe(self._reports.reduce(report, under_way))
 
     # -- reports -----------------------------------------------------------------------------------
