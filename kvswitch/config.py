@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from typing import Any, Literal, Self, TypeAlias, get_args, get_origin
 
 import msgspec
 import msgspec.structs
@@ -89,7 +89,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return None if self.window == "auto" else parse_bytes(self.window, "window")
 
     @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> Config:
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
         """Read settings from a mapping, e.g. parsed JSON.
 
         Raises

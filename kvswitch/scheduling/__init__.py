@@ -3,6 +3,7 @@
 from kvswitch.scheduling.inversion import InversionMeter
 from kvswitch.scheduling.policies import FixedPolicy, PriorityPolicy, TracePolicy
 from kvswitch.scheduling.queues import State
+from kvswitch.scheduling.requests import RequestPriorities
 from kvswitch.scheduling.scheduler import Decision, PriorityScheduler
 from kvswitch.scheduling.trace import PriorityTrace
 
@@ -13,6 +14,7 @@ __all__ = [
     "PriorityPolicy",
     "PriorityScheduler",
     "PriorityTrace",
+    "RequestPriorities",
     "State",
     "TracePolicy",
 ]

@@ -176,6 +176,12 @@ class EngineSwapManager(OrderList):
         """Device blocks that swap-outs hold: the engine has them back when these have ended."""
         return sum(len(out.blocks) for out in self._out.values() if out.held)
 
+    def holds(self) -> list[int]:
+        """Device blocks that transfers hold, once for each hold; to be compared with a pool."""
+        out = [block for out in self._out.values() if out.held for block in out.blocks]
+        arriving = [*self._into.values(), *self._arriving]
+        return out + [block for incoming in arriving for block in incoming.blocks]
+
     @property
     def leaving(self) -> bool:
         """Whether some blocks are leaving: what a step writes has to be told (`written`)."""
@@ -262,6 +268,14 @@ class EngineSwapManager(OrderList):
             _Idle(owner, full * self.block_tokens, list(blocks[:full]), list(keys[:full]))
         )
 
+    def send_ended(self, owner: Hashable) -> None:
+        """`owner` has ended (`retire`) and its blocks are about to go: send them now."""
+        for idle in self._idle:
+            if idle.owner == owner:
+                self._idle.remove(idle)
+                self._send_retired(idle)
+                return
+
     def swap_in(
         self,
         owner: Hashable,
@@ -271,6 +285,7 @@ class EngineSwapManager(OrderList):
         *,
         keys: Sequence[Hashable] = (),
         wait: bool = False,
+        by_layer: bool = False,
     ) -> int:
         """Bring tokens `first` to `tokens` of `owner` into its device blocks, with the next orders.
 
@@ -282,6 +297,10 @@ class EngineSwapManager(OrderList):
             All its device blocks in order.
         wait : bool
             The step's forward waits for it.
+        by_layer : bool
+            Unless it waits for all of it, the step's forward waits for each layer as it comes to
+            it (`SwapWorker.wait_regions`). A last block that is only partly filled, in which that
+            forward goes on writing, comes in a transfer of its own, and first.
 
         Returns
         -------
@@ -296,15 +315,12 @@ class EngineSwapManager(OrderList):
         begin = first // self.block_tokens
         if tokens <= first:
             return first
-        lease = copies.pin(owner, tokens)
-        ids = list(blocks[begin : len(lease.blocks)])
-        needs = []
-        for out in self._out.values():
-            last = out.fill.first + len(out.blocks)
-            if out.owner == owner and last > begin:
-                needs.append((out.fill, max(begin, out.fill.first) * self.block_tokens))
-        self._pool.hold(ids)
-        self._arriving.append(_In(owner, lease, ids, first, tokens, tuple(needs), wait))
+        full = tokens // self.block_tokens
+        if by_layer and not wait and begin < full and tokens % self.block_tokens:
+            self._bring(owner, full * self.block_tokens, tokens, blocks, wait=True)
+            self._bring(owner, first, full * self.block_tokens, blocks, wait=False)
+        else:
+            self._bring(owner, first, tokens, blocks, wait=wait or (by_layer and begin == full))
         self._stats.resumptions += 1
         return tokens
 
@@ -359,8 +375,14 @@ class EngineSwapManager(OrderList):
 
     # -- Algorithm 1 -----------------------------------------------------------------------------
 
-    def observe(self, observations: Observations) -> None:
+    def observe(self, observations: Observations) -> tuple[Hashable, ...]:
         """Take note of transfers that have ended, and of measurements.
+
+        Returns
+        -------
+        tuple of Hashable
+            Owners of swap-ins that have brought nothing valid, though the swap-in itself may have
+            gone well: what it read was never sent. These tokens are to be recomputed.
 
         Raises
         ------
@@ -372,12 +394,14 @@ class EngineSwapManager(OrderList):
             if transfer not in self._out and transfer not in self._into:
                 raise InvalidTransition(f"transfer {transfer} cannot have ended: not under way")
         self._strategy.observe(observations.measurements, observations.step_seconds)
+        lost = []
         for transfer in sorted(ended):
             ok = transfer not in observations.failed
             if transfer in self._out:
                 self._end_out(self._out.pop(transfer), ok=ok)
-            else:
-                self._end_in(self._into.pop(transfer), ok=ok)
+            elif not self._end_in(incoming := self._into.pop(transfer), ok=ok):
+                lost.append(incoming.owner)
+        return tuple(dict.fromkeys(lost))
 
     def orders(self) -> tuple[SwapOrders, dict[int, Hashable]]:
         """What is to be done in the coming step, and whose swap-in each planned one is."""
@@ -449,6 +473,23 @@ class EngineSwapManager(OrderList):
             self._stats.blocks_out_full += len(ids)
             self._stats.copies_out_full += len(transfer.runs)
 
+    def _bring(
+        self, owner: Hashable, first: int, tokens: int, blocks: Sequence[int], *, wait: bool
+    ) -> None:
+        begin = first // self.block_tokens
+        lease = self.copies.pin(owner, tokens)
+        last = len(lease.blocks)
+        ids = list(blocks[begin:last])
+        needs = tuple(
+            (out.fill, max(begin, out.fill.first) * self.block_tokens)
+            for out in self._out.values()
+            if out.owner == owner
+            and out.fill.first < last
+            and out.fill.first + len(out.blocks) > begin
+        )
+        self._pool.hold(ids)
+        self._arriving.append(_In(owner, lease, ids, first, tokens, needs, wait))
+
     def _leave(self, out: _Out) -> None:
         for block in out.blocks:
             self._leaving[block] = max(out.transfer.id, self._leaving.get(block, -1))
@@ -456,19 +497,21 @@ class EngineSwapManager(OrderList):
     def _send_idle(self) -> None:
         """Send what is left of the next one that has ended; at most one at a time."""
         while self._idle and not self._out:
-            idle = self._idle.popleft()
-            kept = self._pool.keep(idle.blocks, idle.keys)
-            tokens = kept * self.block_tokens
-            held = idle.blocks[:kept]
-            if tokens:
-                fill = self._fill(idle.owner, tokens, idle.keys, _LEAST)
-                if fill is not None:
-                    ids = held[fill.first : fill.first + len(fill.blocks)]
-                    self._send(idle.owner, fill, ids, hold=True, last=True)
-                    self._stats.idle_copies += 1
-                self._pool.release(held)
-            if not self._out:
-                self._retired(idle.owner)
+            self._stats.idle_copies += self._send_retired(self._idle.popleft())
+
+    def _send_retired(self, idle: _Idle) -> bool:
+        """Send what is left of one that has ended, and forget it then; whether it was anything."""
+        kept = self._pool.keep(idle.blocks, idle.keys)
+        tokens = kept * self.block_tokens
+        held = idle.blocks[:kept]
+        fill = self._fill(idle.owner, tokens, idle.keys, _LEAST) if tokens else None
+        if fill is not None:
+            ids = held[fill.first : fill.first + len(fill.blocks)]
+            self._send(idle.owner, fill, ids, hold=True, last=True)
+        self._pool.release(held)
+        if fill is None:
+            self._retired(idle.owner)
+        return fill is not None
 
     def _end_out(self, out: _Out, *, ok: bool) -> None:
         if ok:
@@ -487,13 +530,15 @@ class EngineSwapManager(OrderList):
             if out.last:
                 self._retired(out.owner)
 
-    def _end_in(self, incoming: _In, *, ok: bool) -> None:
+    def _end_in(self, incoming: _In, *, ok: bool) -> bool:
+        """End a swap-in; whether what it has brought is valid."""
         self.copies.release(incoming.lease)
         self._pool.release(incoming.blocks)
         owner = incoming.owner
+        arrived = ok and all(fill.committed for fill, _ in incoming.needs)
         if owner not in self.copies:
-            return
-        if not ok or not all(fill.committed for fill, _ in incoming.needs):
+            return arrived
+        if not arrived:
             # Whether the link, the copy or its swap-out was at fault: do not try it twice.
             self._stats.transfers_failed += not ok
             self.truncate(owner, incoming.first)
@@ -501,6 +546,7 @@ class EngineSwapManager(OrderList):
             self.copies.set_resident(owner, True)
         else:
             self.copies.truncate(owner, 0)
+        return arrived
 
     def _publish(self, owner: Hashable, first: int) -> None:
         keys = self._keys.get(owner, ())

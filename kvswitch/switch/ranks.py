@@ -1,11 +1,23 @@
-"""One answer from several workers: what has ended on all ranks (tensor parallelism)."""
+"""One answer from several workers: what has ended on all ranks (tensor parallelism).
+
+Where one planner hears from every worker, `RankReports` merges what they say. Where every rank has
+a planner of its own (SGLang), `ReducedReports` gives all of them the same answer by a reduction.
+"""
 
 from __future__ import annotations
 
-from kvswitch.errors import ConfigError, InvalidTransition
-from kvswitch.messages import Measurement, Observations
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-__all__ = ["RankReports"]
+import numpy as np
+import numpy.typing as npt
+
+from kvswitch.errors import ConfigError, InvalidTransition
+from kvswitch.messages import Direction, Measurement, Observations
+
+__all__ = ["RankReports", "ReducedReports"]
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
 
 
 class RankReports:
@@ -74,3 +86,67 @@ class RankReports:
         self._ended, self._measurements = [], []
         self._step_seconds = None
         return merged
+
+
+class ReducedReports:
+    """Gives the planners of all ranks the same `Observations`, by one reduction for each step.
+
+    Every rank must call `reduce` in the same steps with the same transfers under way, which it
+    does if its planner has been given the same calls.
+
+    Parameters
+    ----------
+    rank, num_ranks : int
+    minimum : callable
+        Takes float64 numbers, shape [n], and returns their elementwise minimum over all ranks.
+
+    Raises
+    ------
+    ConfigError
+        There is no such rank.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, minimum: Callable[[Numbers], Numbers]) -> None:
+        if not 0 <= rank < num_ranks:
+            raise ConfigError(f"rank {rank} of {num_ranks}: ranks are numbered from 0")
+        self._rank = rank
+        self._alone = num_ranks == 1
+        self._minimum = minimum
+        self._ended: dict[int, bool] = {}  # on this rank, not yet on all of them: whether well
+
+    def reduce(self, report: Observations, under_way: Sequence[int]) -> Observations:
+        """What has ended on all ranks, and how long it took on rank 0.
+
+        Parameters
+        ----------
+        report : Observations
+            What this rank's worker has seen since the last call.
+        under_way : sequence of int
+            The planner's transfers under way (`EngineSwapManager.under_way`).
+        """
+        if self._alone:
+            return report
+        self._ended.update(dict.fromkeys(report.completed, True))
+        self._ended.update(dict.fromkeys(report.failed, False))
+        ids = sorted(under_way)
+        # What the others say of these is as large as can be, so that rank 0 is heard.
+        times = np.full(5, np.inf)
+        if self._rank == 0:
+            times[:] = 0.0
+            for m in report.measurements:
+                times[2 * m.direction : 2 * m.direction + 2] += m.nbytes, m.seconds
+            times[4] = report.step_seconds or 0.0
+        ended = np.array([i in self._ended for i in ids], np.float64)
+        well = np.array([self._ended.get(i, True) for i in ids], np.float64)
+        least = self._minimum(np.concatenate([ended, well, times]))
+        ended, well, times = np.split(least, [len(ids), 2 * len(ids)])
+        completed = tuple(i for i, e, w in zip(ids, ended, well, strict=True) if e and w)
+        failed = tuple(i for i, e, w in zip(ids, ended, well, strict=True) if e and not w)
+        for transfer in (*completed, *failed):
+            del self._ended[transfer]
+        measurements = tuple(
+            Measurement(direction, int(times[2 * direction]), float(times[2 * direction + 1]))
+            for direction in Direction
+            if times[2 * direction] > 0
+        )
+        return Observations(completed, failed, measurements, float(times[4]) or None)

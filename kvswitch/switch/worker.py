@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import perf_counter
 
 from kvswitch.errors import TransferError
@@ -117,6 +117,14 @@ class SwapWorker:
         except TransferError:  # then the caller waits, not the stream
             self._engine.wait(self._wait)
         self._wait.clear()
+        return perf_counter() - started
+
+    def wait_regions(self, ids: Collection[int], regions: int) -> float:
+        """Block until the first `regions` regions of these transfers are there; as `wait` else."""
+        if not ids:
+            return 0.0
+        started = perf_counter()
+        self._engine.wait_regions(ids, regions)
         return perf_counter() - started
 
     def report(self, *, step_seconds: float | None = None) -> Observations:

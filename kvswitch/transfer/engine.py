@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterable
+from itertools import accumulate
 from types import TracebackType
 from typing import Final
 
@@ -76,6 +77,8 @@ class TransferEngine:
         out = Lane(Direction.OUT, backend, device, host, window_bytes=window_bytes, ledger=ledger)
         back = Lane(Direction.IN, backend, host, device, window_bytes=window_bytes, ledger=ledger)
         self._lanes: Final = (out, back)
+        sizes = [region.nbytes for region in device.regions]
+        self._before: Final = [0, *accumulate(sizes)]  # bytes of a block in the first n regions
         out.start(back)
         back.start(out)
         atexit.register(self.close)  # no copy may run while the interpreter frees its memory
@@ -242,6 +245,25 @@ class TransferEngine:
         marks = [id_ + 1 for id_ in sorted(ids) if id_ in self._ledger.under_way]
         found = [self._lanes[self._ledger.under_way[m - 1].direction].find(m) for m in marks]
         return [job for job in found if job is not None]
+
+    def wait_regions(self, ids: Iterable[int], regions: int) -> None:
+        """Block until the first `regions` regions of all these transfers have arrived.
+
+        Regions arrive in the layout's order, window by window: with a region for each layer, a
+        forward that waits for its layers one by one runs while the others are still under way.
+        A transfer that fails is waited for until it has ended; unknown ids count as ended.
+        """
+        under_way = self._ledger.under_way
+        with self._ledger.changed:
+            left = {id: under_way[id] for id in ids if id in under_way}  # noqa: A001
+
+            def there() -> bool:
+                return all(
+                    ticket.done or ticket.arrived >= ticket.num_blocks * self._before[regions]
+                    for ticket in left.values()
+                )
+
+            self._ledger.changed.wait_for(there)
 
     def drain(self, timeout: float | None = None) -> None:
         """`wait` for everything submitted so far."""

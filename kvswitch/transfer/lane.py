@@ -138,8 +138,9 @@ class Lane:
         self._ledger: Final = ledger
         self._wake: Final = threading.Condition(ledger.lock)
         self._waiting: Final[deque[Job]] = deque()  # those of `jobs` that have not begun
-        # Only the dispatcher uses these: spans in the queue, and None behind a job's last one.
-        self._flying: Final[deque[tuple[Job, Event | None]]] = deque()
+        # Only the dispatcher uses these: spans in the queue and their bytes, and None behind a
+        # job's last one.
+        self._flying: Final[deque[tuple[Job, Event | None, int]]] = deque()
         self._spans = 0
         self._thread: Final = threading.Thread(
             target=self._run, name=f"kvswitch-dispatch-{direction.name.lower()}", daemon=True
@@ -214,7 +215,7 @@ class Lane:
                 self._wake_both()
         # Something is left only if a thread has died. What the queue still moves is awaited, as far
         # as that is possible, before anybody is told that those blocks are at rest.
-        for _, event in self._flying:
+        for _, event, _ in self._flying:
             if event is not None:
                 with suppress(BaseException):
                     event.wait()
@@ -238,7 +239,7 @@ class Lane:
 
     def _landed(self) -> bool:
         """Whether the oldest span has been, or is to be, waited for; not while a job may begin."""
-        _, event = self._flying[0]
+        _, event, _ = self._flying[0]
         assert event is not None
         if self._span == 1:
             return True
@@ -270,7 +271,7 @@ class Lane:
                 job.failure = error
             else:
                 self._send(job, copies)
-        self._flying.append((job, None))
+        self._flying.append((job, None, 0))
         self._end_flown()
 
     def _prepare(self, job: Job) -> Copies:
@@ -303,7 +304,8 @@ class Lane:
                 job.failure = error
             # Also if it failed: a part of the span may be under way.
             job.end = self._queue.record()
-            self._flying.append((job, job.end))
+            nbytes = int(copies.nbytes[start:stop].sum())
+            self._flying.append((job, job.end, nbytes))
             self._spans += 1
         if job.failure is None:
             with self._ledger.lock:
@@ -315,7 +317,7 @@ class Lane:
 
     def _reap(self) -> None:
         """Wait for the oldest span in flight."""
-        job, event = self._flying[0]
+        job, event, nbytes = self._flying[0]
         assert event is not None
         assert job.begin is not None
         event.wait()
@@ -325,12 +327,16 @@ class Lane:
             raise event.error
         job.failure = job.failure or event.error
         job.ticket.started, job.ticket.ended = job.begin.time, event.time
+        if job.failure is None:
+            with self._ledger.lock:
+                job.ticket.arrived += nbytes
+                self._ledger.changed.notify_all()
         self._end_flown()
 
     def _end_flown(self) -> None:
         """End the jobs of which nothing is in flight any more."""
         while self._flying and self._flying[0][1] is None:
-            job, _ = self._flying.popleft()
+            job, _, _ = self._flying.popleft()
             self._end(job, job.failure)
 
     def _end(self, job: Job, failure: BaseException | None) -> None:

@@ -26,6 +26,8 @@ class Ticket:
     num_copies : int
         Contiguous byte ranges these make over all regions, before any is cut at the edge of a
         window. 0 until dispatch has begun.
+    arrived : int
+        Bytes of it known to have arrived, region by region in the layout's order.
     started, ended : float
         When its queue came to its first window and when it was done with the last one dispatched,
         in `time.perf_counter` seconds. 0 if nothing was dispatched.
@@ -47,6 +49,7 @@ class Ticket:
         self.num_runs: Final = num_runs
         self.nbytes: Final = nbytes
         self.num_copies = 0
+        self.arrived = 0
         self.started = 0.0
         self.ended = 0.0
         self._changed: Final = changed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from kvswitch.messages import (
     decode_orders,
     encode,
 )
-from kvswitch.switch import RankReports, SequenceState, SwapManager, SwapWorker
+from kvswitch.switch import RankReports, ReducedReports, SequenceState, SwapManager, SwapWorker
 from kvswitch.transfer import CpuBackend, HostArena, TransferEngine, layout_of
 
 RUNNING, LEAVING, HOST, ARRIVING, IDLE = SequenceState
@@ -260,3 +262,60 @@ def test_without_merging_a_slow_rank_reads_garbage(
     engine = Engine(0, make_ranks(CpuBackend(), CpuBackend(bandwidth=2e6)))
     with pytest.raises(AssertionError, match="rank 1"):
         run(engine)
+
+
+# -- a planner on every rank -----------------------------------------------------------------------
+
+
+def reduced(*steps: list[tuple[Observations, list[int]]]) -> list[list[Observations]]:
+    """What every rank is told in each step, where `steps` say what each has seen."""
+    ranks = len(steps[0])
+    numbers: list[Any] = [None] * ranks
+    barrier = threading.Barrier(ranks, timeout=20)
+
+    def minimum(rank: int) -> Callable[[Any], Any]:
+        def reduce(values: Any) -> Any:
+            numbers[rank] = values
+            barrier.wait()
+            least = np.min(np.stack(numbers), axis=0)
+            barrier.wait()
+            return least
+
+        return reduce
+
+    def work(rank: int) -> list[Observations]:
+        reports = ReducedReports(rank, ranks, minimum(rank))
+        return [reports.reduce(*step[rank]) for step in steps]
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(work, range(ranks)))
+
+
+def test_all_planners_are_told_the_same() -> None:
+    fast, slow = Measurement(Direction.IN, 100, 0.1), Measurement(Direction.IN, 100, 0.9)
+    told = reduced(
+        [
+            (Observations((1,), (), (fast,), 0.5), [1, 2]),
+            (Observations((), (2,), (slow,), 0.7), [1, 2]),
+        ],
+        [(Observations(), [1, 2]), (Observations((1,)), [1, 2])],
+        [(Observations((2,)), [2]), (Observations(), [2])],
+    )
+    assert told[0] == told[1]
+    first, second, third = told[0]
+    assert first == Observations((), (), (fast,), 0.5), "no transfer has ended on both"
+    assert (second.completed, second.failed) == ((1,), ())
+    assert (third.completed, third.failed) == ((), (2,)), "it failed on one of them"
+
+
+def test_a_lone_rank_reduces_nothing() -> None:
+    def never(values: Any) -> Any:
+        raise AssertionError("nobody to reduce with")
+
+    report = Observations((1,), (2,), (), 0.1)
+    assert ReducedReports(0, 1, never).reduce(report, [1, 2]) is report
+
+
+def test_there_must_be_such_a_rank() -> None:
+    with pytest.raises(ConfigError, match="rank 2 of 2"):
+        ReducedReports(2, 2, lambda values: values)

@@ -445,3 +445,46 @@ def test_index_of_blocks_is_right_for_any_runs() -> None:
         for side, index in enumerate(lane._blocks(runs, int(count.sum()))):
             expected = [b + i for b, n in zip(first[side], count, strict=True) for i in range(n)]
             assert np.arange(200)[index].tolist() == expected
+
+
+# Regions one by one
+
+
+def test_regions_can_be_waited_for_while_others_are_under_way(
+    make_world: Any, chaos: Any, until: Until
+) -> None:
+    world = make_world(chaos(), regions=4, block_bytes=64, window_bytes=256)
+    world.out(blocks(0, 4), blocks(0, 4)).wait(PATIENCE)
+    queue = world.backend.queues[IN]
+    second = threading.Event()
+    queue.before[3] = lambda: second.wait(PATIENCE)  # amidst the third region
+    ticket = world.back(blocks(0, 4), blocks(8, 4))
+    world.engine.wait_regions([ticket.id], 2)
+    assert not ticket.done
+    assert 2 * 4 * 64 <= ticket.arrived < 3 * 4 * 64
+    late = threading.Thread(target=world.engine.wait_regions, args=([ticket.id], 3))
+    late.start()
+    late.join(SHORT)
+    assert late.is_alive()
+    second.set()
+    late.join(PATIENCE)
+    assert not late.is_alive()
+    ticket.wait(PATIENCE)
+    assert ticket.arrived == ticket.nbytes
+    assert world.wrong() == []
+
+
+def test_regions_of_a_transfer_that_fails_are_waited_for_until_it_has_ended(
+    make_world: Any, chaos: Any
+) -> None:
+    world = make_world(chaos(), regions=2, block_bytes=64, window_bytes=256)
+    world.backend.queues[IN].fail(0, ValueError("link down"))
+    ticket = world.back(blocks(0, 4), blocks(8, 4))
+    world.engine.wait_regions([ticket.id], 2)
+    assert ticket.done
+    assert ticket.error is not None
+
+
+def test_unknown_regions_are_not_waited_for(make_world: Any) -> None:
+    world = make_world()
+    world.engine.wait_regions([7], 2)

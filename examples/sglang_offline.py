@@ -1,0 +1,54 @@
+"""kvswitch in SGLang, offline: an important request takes memory from others, and nothing is lost.
+
+    python examples/sglang_offline.py MODEL
+
+Needs ``pip install 'kvswitch[sglang]'``. On a server the same is said by
+``--radix-cache-backend kvswitch --enable-priority-scheduling``; see docs/sglang.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+os.environ["KVSWITCH_CONFIG"] = json.dumps({"host_memory": "2GiB"})
+
+
+async def ask(engine: Any, prompt: str, tokens: int, priority: int) -> dict[str, Any]:
+    answer: dict[str, Any] = await engine.async_generate(
+        prompt, {"temperature": 0, "max_new_tokens": tokens}, priority=priority
+    )
+    return answer
+
+
+async def serve(engine: Any) -> None:
+    stories = [
+        asyncio.create_task(ask(engine, f"Chapter {i}. Once upon a time,", 300, priority=0))
+        for i in range(1, 7)
+    ]
+    await asyncio.sleep(1)
+    urgent = await ask(engine, "What is the capital of France?", 30, priority=10)
+    print("urgent:", urgent["text"].strip())
+    for story in await asyncio.gather(*stories):
+        about = story["meta_info"]
+        print(f"{about['completion_tokens']} tokens, preempted {about['num_retractions']} times")
+
+
+def main() -> None:
+    import sglang
+
+    engine = sglang.Engine(
+        model_path=sys.argv[1],
+        radix_cache_backend="kvswitch",
+        enable_priority_scheduling=True,
+        max_total_tokens=2048,  # little, so that somebody has to give way
+    )
+    engine.loop.run_until_complete(serve(engine))
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Pages in block groups against a shadow of SGLang's books, with holds that come and go."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable
+
+import numpy as np
+import pytest
+
+from kvswitch.errors import IntegrityError
+from kvswitch.messages import BlockIds
+from kvswitch_sglang.pages import NOBODY, PagePool
+
+
+class Holder:
+    """Holds pages by chance, gives them up when asked."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.soft: list[list[int]] = []  # given up when asked
+        self.hard: list[list[int]] = []  # until everything is settled
+        self.wrote: list[int] = []
+        self.gone: list[Hashable] = []
+        pool.holder = self
+
+    def hold(self, pages: list[int], *, hard: bool) -> None:
+        self.pool.hold(pages)
+        (self.hard if hard else self.soft).append(pages)
+
+    def yield_pages(self, pages: int) -> bool:
+        held = bool(self.soft)
+        while pages > 0 and self.soft:
+            given = self.soft.pop(0)
+            self.pool.release(given)
+            pages -= len(given)
+        return held
+
+    def settle(self) -> None:
+        for held in (*self.soft, *self.hard):
+            self.pool.release(held)
+        self.soft, self.hard = [], []
+
+    def written(self, pages: BlockIds) -> None:
+        self.wrote += pages.tolist()
+
+    def going(self, owner: Hashable) -> None:
+        self.gone.append(owner)
+
+    @property
+    def held(self) -> list[int]:
+        return [page for held in (*self.soft, *self.hard) for page in held]
+
+
+def make(pages: int = 64) -> tuple[PagePool, Holder]:
+    pool = PagePool(pages, first_group=8, headroom=0.06)
+    return pool, Holder(pool)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_books_agree_whatever_happens(seed: int) -> None:
+    rng = random.Random(seed)
+    pool, holder = make()
+    used: dict[str, list[int]] = {}
+    for _ in range(300):
+        choice = rng.random()
+        free = 64 - sum(map(len, used.values()))
+        if choice < 0.45 and free:
+            owner = f"r{rng.randrange(6)}"
+            count = rng.randint(1, min(free, 12))
+            got = pool.take([(owner, count), (NOBODY, 0)]).tolist()
+            assert len(set(got)) == count
+            assert 0 not in got
+            assert not any(set(got) & set(pages) for pages in used.values())
+            assert holder.wrote[-count:] == got
+            used.setdefault(owner, []).extend(got)
+        elif choice < 0.6 and used:
+            pages = rng.choice(list(used.values()))
+            holder.hold(rng.sample(pages, rng.randint(1, len(pages))), hard=rng.random() < 0.3)
+        elif choice < 0.95 and used:
+            owner = rng.choice(list(used))
+            if rng.random() < 0.5:
+                pool.give(np.array(used.pop(owner), np.int32))
+                pool.forget(owner)
+            else:  # a part of them, as when the tree has the same content
+                part = used[owner][: rng.randint(1, len(used[owner]))]
+                used[owner] = used[owner][len(part) :]
+                pool.give(np.array(part, np.int32))
+                used = {k: v for k, v in used.items() if v}
+        elif rng.random() < 0.1:
+            pool.clear()
+            used.clear()
+        assert pool.available == 64 - sum(map(len, used.values()))
+        assert sorted(pool.free_pages()) == sorted(
+            set(range(1, 65)) - {p for pages in used.values() for p in pages}
+        )
+        pool.check_integrity(holder.held)
+    pool.clear()
+    holder.settle()
+    pool.check_integrity([])
+    assert pool.available == 64
+
+
+def test_pages_of_a_request_adjoin_while_others_grow() -> None:
+    pool, _ = make(256)
+    tables: dict[str, list[int]] = {name: [] for name in "abcd"}
+    for _ in range(40):
+        got = pool.take([(name, 1) for name in tables]).tolist()
+        for name, page in zip(tables, got, strict=True):
+            tables[name].append(page)
+    runs = [pool.mean_run(np.array(t, np.int32)) for t in tables.values()]
+    assert min(runs) >= 8
+
+
+def test_held_pages_are_free_to_sglang_and_given_up_when_needed() -> None:
+    pool, holder = make(8)
+    pages = pool.take([("a", 8)]).tolist()
+    holder.hold(pages[:4], hard=False)
+    holder.hold(pages[4:], hard=True)
+    pool.give(np.array(pages, np.int32))
+    assert pool.available == 8
+    assert pool.take([("b", 3)]).tolist()
+    assert holder.held == pages[4:], "only what can be given up, as long as that suffices"
+    pool.take([("b", 5)])
+    assert holder.held == []
+
+
+def test_who_has_ended_is_told_before_its_pages_go() -> None:
+    pool, holder = make(8)
+    pages = pool.take([("a", 4)]).tolist()
+    pool.note_ended("a", pages, ["k0", "k1", "k2", "k3"])
+    assert pool.keep(pages, ["k0", "k1", "other", "k3"]) == 2
+    pool.release(pages[:2])
+    pool.give(np.array(pages[3:], np.int32))
+    assert holder.gone == ["a"]
+    assert pool.keep(pages, ["k0", "k1", "k2", "k3"]) == 3, "the last one is no longer its own"
+    pool.release(pages[:3])
+    pool.check_integrity([])
+
+
+def test_a_leak_is_found() -> None:
+    pool, _ = make(8)
+    pages = pool.take([("a", 2)]).tolist()
+    pool.hold(pages)
+    with pytest.raises(IntegrityError, match="leaked"):
+        pool.check_integrity([])

@@ -1,0 +1,142 @@
+"""The real HTTP server: a client that streams and goes away, metrics, a restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from harness import prompts
+
+PATIENCE = 150.0  # seconds for the server to come up on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def serving(models: Path, log: Path, *more: str) -> Iterator[str]:
+    """A server on the command line that a user would give."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "sglang.launch_server", "--model-path", str(models / "tiny"),
+        "--radix-cache-backend", "kvswitch", "--enable-priority-scheduling", "--enable-metrics",
+        "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
+        "--skip-tokenizer-init", "--grammar-backend", "none", "--dtype", "float32",
+        "--page-size", "16", "--max-total-tokens", "768", "--max-running-requests", "8",
+        "--context-length", "2048", "--mem-fraction-static", "0.3", "--skip-server-warmup",
+        "--random-seed", "0", "--port", str(port), *more,
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "KVSWITCH_CONFIG": json.dumps({"host_memory": "64MiB", "epoch": 4, "quantum": 2}),
+        "OMP_NUM_THREADS": "1",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < end, log.read_text()[-3000:]
+            try:
+                if requests.get(f"{url}/health", timeout=2).status_code == 200:
+                    break
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+        yield url
+        assert process.poll() is None, log.read_text()[-3000:]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
+
+
+def body(prompt: list[int], tokens: int, priority: int, **more: Any) -> dict[str, Any]:
+    return {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+        "priority": priority,
+        **more,
+    }
+
+
+def generate(url: str, *given: Any, **more: Any) -> list[int]:
+    answer = requests.post(f"{url}/generate", json=body(*given, **more), timeout=120)
+    assert answer.status_code == 200, answer.text
+    tokens: list[int] = answer.json()["output_ids"]
+    return tokens
+
+
+def all_at_once(url: str, given: list[list[int]], tokens: int) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in given]
+
+    def ask(i: int) -> None:
+        time.sleep(0.05 * i)
+        found[i] = generate(url, given[i], tokens, i)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(given))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def metric(url: str, name: str) -> float:
+    text = requests.get(f"{url}/metrics", timeout=20).text
+    values = [
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith((f"kvswitch_{name}{{", f"kvswitch_{name}_total{{"))
+    ]
+    assert values, f"no kvswitch_{name}"
+    return sum(values)
+
+
+@pytest.mark.timeout(600)
+def test_a_server_switches_for_real_clients(models: Path, tmp_path: Path) -> None:
+    given = prompts(6, 21, 60, 120)
+    with serving(models, tmp_path / "log") as url:
+        alone = [generate(url, p, 100, 0) for p in given]
+        assert requests.post(f"{url}/flush_cache", timeout=20).status_code == 200
+        assert all_at_once(url, given, 100) == alone
+        for _ in range(3):  # somebody who streams, and goes away
+            with requests.post(
+                f"{url}/generate",
+                json=body(given[0], 200, 0, stream=True),
+                stream=True,
+                timeout=60,
+            ) as answer:
+                next(answer.iter_lines())
+        assert all_at_once(url, given, 100) == alone
+        time.sleep(2)
+        assert metric(url, "switches_out") > 0
+        assert metric(url, "switches_in") > 0
+        assert metric(url, "bytes_in") > 0
+        assert metric(url, "recomputed_tokens") == 0
+        assert 0 < metric(url, "host_usage") <= 1
+    with serving(models, tmp_path / "again") as url:
+        assert generate(url, given[0], 100, 0) == alone[0]
