@@ -27,9 +27,22 @@ else:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from vllm import LLM, SamplingParams
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
         from vllm.platforms.cpu import CpuPlatform
 
 MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
+
+
+SETTINGS: dict[str, Any] = {
+    "model": str(MODELS / "tiny"),
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 512,
+    "block_size": 32,
+    "max_num_seqs": 8,
+    "seed": 0,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -129,6 +142,7 @@ class Engine:
     def close(self) -> None:
         if self.core is not None:
             self.llm.llm_engine.engine_core.shutdown()
+            ensure_kv_transfer_shutdown()  # or the next engine in this process would have it
             self.core = None
 
 
@@ -155,16 +169,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engin
             monkeypatch.setattr(
                 CpuPlatform, "check_and_update_config", classmethod(keep_asynchronous)
             )
-        settings: dict[str, Any] = {
-            "model": str(MODELS / "tiny"),
-            "skip_tokenizer_init": True,
-            "enforce_eager": True,
-            "dtype": "float32",
-            "max_model_len": 512,
-            "block_size": 32,
-            "max_num_seqs": 8,
-            "seed": 0,
-        }
+        settings = dict(SETTINGS)
         if blocks is not None:
             settings["num_gpu_blocks_override"] = blocks + 1
         if switch is not None:
@@ -196,20 +201,19 @@ def random_prompts_fixture() -> Callable[..., list[list[int]]]:
     return random_prompts
 
 
-_REFERENCE: dict[tuple[int, int, int, int], list[list[int]]] = {}
+_REFERENCE: list[list[int]] = []
 
 
 @pytest.fixture
-def reference(make_engine: Callable[..., Engine]) -> Callable[..., list[list[int]]]:
-    """Tokens of an engine with memory for all; computed once."""
+def reference() -> list[list[int]]:
+    """Tokens of ``add_batch(8, 150, 120)`` with memory for all; computed once.
 
-    def tokens(count: int, length: int, output: int, seed: int = 0) -> list[list[int]]:
-        key = (count, length, output, seed)
-        if key not in _REFERENCE:
-            engine = make_engine()
-            engine.add_batch(count, length, output, seed)
-            engine.run()
-            _REFERENCE[key] = engine.batch(count)
-        return _REFERENCE[key]
-
-    return tokens
+    Before the test makes its own engine: vLLM has one KV connector for a process.
+    """
+    if not _REFERENCE:
+        engine = Engine(**SETTINGS)
+        engine.add_batch(8, 150, 120)
+        engine.run()
+        _REFERENCE.extend(engine.batch(8))
+        engine.close()
+    return _REFERENCE

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvswitch_vllm.block_pool import GroupQueue, install_groups
+from kvswitch_vllm.planning import CACHE_SHARE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,7 +28,7 @@ TOKENS = 16
 
 
 def make_manager(
-    blocks: int, *, caching: bool = True, groups: bool = True, headroom: float = 0.06
+    blocks: int, *, caching: bool = True, groups: bool = True, headroom: float = 0.06 / CACHE_SHARE
 ) -> Any:
     init_none_hash(sha256)
     spec = FullAttentionSpec(block_size=TOKENS, num_kv_heads=2, head_size=64, dtype=torch.float16)
