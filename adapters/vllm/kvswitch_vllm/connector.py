@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -30,17 +30,14 @@ __all__ = ["KVSwitchConnector"]
 
 log = init_logger("vllm.kvswitch")
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _timed(
-    call: Callable[Concatenate[KVSwitchConnector, P], T],
-) -> Callable[Concatenate[KVSwitchConnector, P], T]:
+def _timed(call: Callable[..., T]) -> Callable[..., T]:
     """Count the time spent in a method of the scheduler's side."""
 
     @functools.wraps(call)
-    def timed(self: KVSwitchConnector, *args: P.args, **kwargs: P.kwargs) -> T:
+    def timed(self: KVSwitchConnector, *args: Any, **kwargs: Any) -> T:
         started = perf_counter()
         try:
             return call(self, *args, **kwargs)

@@ -33,7 +33,10 @@ log = init_logger("vllm.kvswitch")
 _MOST = 64  # waiting requests that are looked at in one iteration
 
 
-class SwitchMixin:
+_Scheduler: Any = object  # one of vLLM's schedulers, whichever this is mixed into
+
+
+class SwitchMixin(_Scheduler):
     """Mixed into vLLM's scheduler classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -198,12 +201,12 @@ class SwitchMixin:
                 if found is None:
                     break
                 blocks -= found[0].ref_cnt > 0  # shared with somebody who runs
-        return max(blocks, 1)
+        return max(int(blocks), 1)
 
     def _held(self, request: Any) -> int:
         """Blocks that would be there if a running request left."""
         (blocks,) = self.kv_cache_manager.get_blocks(request.request_id).blocks
-        return sum(block.ref_cnt == 1 for block in blocks)
+        return sum(int(block.ref_cnt == 1) for block in blocks)
 
     def _let_grow(self) -> None:
         """Give up holds for what runs, so that nobody is preempted whose turn it is."""
