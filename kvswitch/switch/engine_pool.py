@@ -47,23 +47,36 @@ class EnginePool(Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class _Part:
+    """What a swap-out brings one owner.
+
+    Attributes
+    ----------
+    last : bool
+        Whether the owner is to be forgotten when it has ended.
+    """
+
+    owner: Hashable
+    fill: Fill
+    last: bool
+
+
+@dataclass(slots=True, eq=False)
 class _Out:
     """A swap-out under way.
 
     Attributes
     ----------
+    parts : list of _Part
+        That of the owner whose blocks are sent, and those of owners with the same content.
     held : bool
         Whether the device blocks are held; else they are leaving.
-    last : bool
-        Whether the owner is to be forgotten when it has ended.
     """
 
     transfer: Transfer
-    owner: Hashable
-    fill: Fill
+    parts: list[_Part]
     blocks: list[int]
     held: bool
-    last: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -240,7 +253,7 @@ class EngineSwapManager(OrderList):
         if not self._swap:
             return 0
         copies = self.copies
-        fill = self._fill(owner, tokens, keys, priority)
+        fill = self._fill(owner, tokens, keys, priority, last=last)
         covered = copies.covered(owner)
         sent = 0
         if fill is not None:
@@ -354,7 +367,8 @@ class EngineSwapManager(OrderList):
     def drop(self, owner: Hashable) -> None:
         """Forget `owner`: its transfers are cancelled. What it published can still be adopted."""
         for out in self._out.values():
-            if out.owner == owner:
+            wanted_by = {part.owner for part in out.parts if part.owner in self.copies}
+            if wanted_by == {owner}:
                 self.cancel(out.transfer)
         for incoming in self._into.values():
             if incoming.owner == owner and incoming.transfer is not None:
@@ -413,7 +427,7 @@ class EngineSwapManager(OrderList):
             after = [
                 out.transfer.id
                 for out in self._out.values()
-                if any(out.fill is fill for fill, _ in incoming.needs)
+                if any(part.fill is fill for fill, _ in incoming.needs for part in out.parts)
             ]
             first = len(incoming.lease.blocks) - len(incoming.blocks)
             runs = coalesce(incoming.lease.blocks[first:], np.array(incoming.blocks, np.int32))
@@ -438,7 +452,13 @@ class EngineSwapManager(OrderList):
         return -(-tokens // self.block_tokens)
 
     def _fill(
-        self, owner: Hashable, tokens: int, keys: Sequence[Hashable], priority: float
+        self,
+        owner: Hashable,
+        tokens: int,
+        keys: Sequence[Hashable],
+        priority: float,
+        *,
+        last: bool,
     ) -> Fill | None:
         """Host blocks for what the host lacks of `owner`; None if nothing, or no room for any."""
         copies = self.copies
@@ -447,6 +467,10 @@ class EngineSwapManager(OrderList):
         copies.truncate(owner, tokens)
         if named:
             copies.adopt(owner, named)
+            # What others of the same content are sending need not be sent again.
+            for followed in copies.follow(owner, named):
+                (out,) = (o for o in self._out.values() if o.parts[0].fill is followed.source)
+                out.parts.append(_Part(owner, followed, last))
         self._keys[owner] = named
         copies.set_priority(owner, priority)
         self._publish(owner, 0)
@@ -461,7 +485,8 @@ class EngineSwapManager(OrderList):
 
     def _send(self, owner: Hashable, fill: Fill, ids: list[int], *, hold: bool, last: bool) -> None:
         transfer = self.plan(Direction.OUT, coalesce(np.array(ids, np.int32), fill.blocks))
-        out = self._out[transfer.id] = _Out(transfer, owner, fill, ids, hold, last)
+        out = self._out[transfer.id] = _Out(transfer, [_Part(owner, fill, last)], ids, hold)
+        self.copies.announce(fill, self._keys[owner])
         if hold:
             self._pool.hold(ids)
         else:
@@ -481,11 +506,12 @@ class EngineSwapManager(OrderList):
         last = len(lease.blocks)
         ids = list(blocks[begin:last])
         needs = tuple(
-            (out.fill, max(begin, out.fill.first) * self.block_tokens)
+            (part.fill, max(begin, part.fill.first) * self.block_tokens)
             for out in self._out.values()
-            if out.owner == owner
-            and out.fill.first < last
-            and out.fill.first + len(out.blocks) > begin
+            for part in out.parts
+            if part.owner == owner
+            and part.fill.first < last
+            and part.fill.first + len(part.fill.blocks) > begin
         )
         self._pool.hold(ids)
         self._arriving.append(_In(owner, lease, ids, first, tokens, needs, wait))
@@ -504,7 +530,9 @@ class EngineSwapManager(OrderList):
         kept = self._pool.keep(idle.blocks, idle.keys)
         tokens = kept * self.block_tokens
         held = idle.blocks[:kept]
-        fill = self._fill(idle.owner, tokens, idle.keys, _LEAST) if tokens else None
+        fill = None
+        if tokens:
+            fill = self._fill(idle.owner, tokens, idle.keys, _LEAST, last=True)
         if fill is not None:
             ids = held[fill.first : fill.first + len(fill.blocks)]
             self._send(idle.owner, fill, ids, hold=True, last=True)
@@ -514,21 +542,22 @@ class EngineSwapManager(OrderList):
         return fill is not None
 
     def _end_out(self, out: _Out, *, ok: bool) -> None:
-        if ok:
-            self.copies.commit(out.fill)
-        else:
-            self.copies.abort(out.fill)
-            self._stats.transfers_failed += out.owner in self.copies  # else it was cancelled
+        wanted = False
+        for part in out.parts:
+            (self.copies.commit if ok else self.copies.abort)(part.fill)
+            wanted |= part.owner in self.copies  # else it was cancelled
+        self._stats.transfers_failed += wanted and not ok
         if out.held:
             self._pool.release(out.blocks)
         else:
             for block in out.blocks:
                 if self._leaving.get(block) == out.transfer.id:
                     del self._leaving[block]
-        if out.owner in self.copies:
-            self._publish(out.owner, out.fill.first)
-            if out.last:
-                self._retired(out.owner)
+        for part in out.parts:
+            if part.owner in self.copies:
+                self._publish(part.owner, part.fill.first)
+                if part.last:
+                    self._retired(part.owner)
 
     def _end_in(self, incoming: _In, *, ok: bool) -> bool:
         """End a swap-in; whether what it has brought is valid."""
@@ -555,7 +584,7 @@ class EngineSwapManager(OrderList):
             self.copies.publish(owner, index, keys[index])
 
     def _retired(self, owner: Hashable) -> None:
-        if not any(out.owner == owner for out in self._out.values()):
+        if not any(part.owner == owner for out in self._out.values() for part in out.parts):
             self._forget(owner)
 
     def _forget(self, owner: Hashable) -> None:
@@ -566,7 +595,8 @@ class EngineSwapManager(OrderList):
     def check_integrity(self) -> None:
         """Raise IntegrityError if the books contradict themselves."""
         self.copies.check_integrity()
-        leases = len(self._into) + len(self._arriving) + len(self._out)
+        parts = sum(len(out.parts) for out in self._out.values())
+        leases = len(self._into) + len(self._arriving) + parts
         if self.copies.num_leases() != leases:
             raise IntegrityError(f"{self.copies.num_leases()} leases on copies, {leases} transfers")
         leaving = {b for out in self._out.values() if not out.held for b in out.blocks}

@@ -186,6 +186,59 @@ def test_what_was_used_again_is_not_sent() -> None:
     assert world.planner.stats().blocks_out == 0
 
 
+def two_leave(world: World) -> None:
+    """`a` and `b` have the same three full blocks, `b` another one, and leave in one step."""
+    keys = ["x", "y", "z"]
+    shared, own = world.pool.take(3), world.pool.take(1)
+    world.pool.hold(shared)
+    world.write([*shared, *own], "a", keys)
+    leave(world, "a", shared, keys=keys)
+    leave(world, "b", [*shared, *own], keys=keys)
+    assert [transfer.num_blocks for transfer in world.orders().transfers] == [3, 1]
+
+
+def test_what_two_have_in_common_goes_out_once() -> None:
+    world = World()
+    two_leave(world)
+    world.rest()
+    assert len(world.pool.free) == 16
+    assert (world.planner.reach("a"), world.planner.reach("b")) == (12, 16)
+    assert world.planner.copies.pool.free_blocks == 32 - 4
+    back = world.pool.take(4)
+    world.planner.swap_in("b", 0, 16, back)
+    world.rest()
+    assert [world.device[b] for b in back] == [("a", i) for i in range(4)]
+
+
+def test_a_load_comes_after_the_swap_out_that_is_followed() -> None:
+    world = World()
+    two_leave(world)
+    world.planner.swap_in("b", 0, 16, world.pool.take(4))
+    (back,) = world.orders().transfers
+    assert back.after == (0, 1)
+    world.rest()
+
+
+def test_what_somebody_follows_is_not_cancelled() -> None:
+    world = World()
+    two_leave(world)
+    world.planner.drop("a")
+    assert world.orders().cancel == ()
+    world.rest()
+    assert world.planner.reach("b") == 16
+    world.planner.drop("b")
+    world.rest()
+
+
+def test_a_failure_costs_all_who_follow() -> None:
+    world = World()
+    two_leave(world)
+    world.land(ok=False)
+    world.rest()
+    assert (world.planner.reach("a"), world.planner.reach("b")) == (0, 0)
+    assert world.planner.stats().transfers_failed == 1
+
+
 def test_failures_are_not_tried_twice() -> None:
     world = World()
     blocks = world.pool.take(3)
@@ -243,7 +296,14 @@ def test_random_walk_never_brings_wrong_bytes(seed: int) -> None:
     count = 0
 
     def keys(name: str, blocks: int) -> list[Hashable]:
-        return [(name, i) for i in range(blocks)]
+        """Also the blocks' content, of which all begin with the same two."""
+        return [("shared", 0), ("shared", 1), *((name, i) for i in range(2, blocks))][:blocks]
+
+    def write(name: str) -> None:
+        named = keys(name, len(tables[name]))
+        world.write(tables[name], name, named)
+        for block, content in zip(tables[name], named, strict=True):
+            world.device[block] = content
 
     def begin(name: str, blocks: int) -> bool:
         if len(pool.free) < blocks:
@@ -255,17 +315,17 @@ def test_random_walk_never_brings_wrong_bytes(seed: int) -> None:
 
     for _ in range(150):
         match rng.choice(["new", "grow", "out", "out", "in", "in", "end", "drop", "land", "step"]):
-            case "new" if begin(f"s{count}", size := rng.randint(1, 4)):
+            case "new" if begin(f"s{count}", rng.randint(1, 4)):
                 planner.written(tables[f"s{count}"])
                 world.orders()
-                world.write(tables[f"s{count}"], f"s{count}", keys(f"s{count}", size))
+                write(f"s{count}")
                 count += 1
             case "grow" if (ready := [n for n in tables if n not in loading]) and pool.free:
                 name = rng.choice(ready)
                 tables[name] += pool.take(1)
                 planner.written(tables[name][-1:])
                 world.orders()
-                world.write(tables[name], name, keys(name, len(tables[name])))
+                write(name)
             case "out" if ready := [n for n in tables if n not in loading]:
                 name = rng.choice(ready)
                 blocks = tables.pop(name)
@@ -305,11 +365,11 @@ def test_random_walk_never_brings_wrong_bytes(seed: int) -> None:
                     tokens = loading.pop(name)
                     if ok and planner.reach(name) >= tokens:
                         got = [world.device[b] for b in tables[name]]
-                        assert got == [(name, i) for i in range(len(got))]
+                        assert got == keys(name, len(got))
                     else:  # recomputed
                         planner.written(tables[name])
                         world.orders()
-                        world.write(tables[name], name, keys(name, len(tables[name])))
+                        write(name)
             case "step":
                 world.orders()
         planner.check_integrity()
