@@ -95,7 +95,7 @@ class SwitchStats(KVConnectorStats):
 
     def reduce(self) -> dict[str, int | float]:
         """The line in vLLM's log, for the interval since the last one."""
-        data = self.data
+        data: dict[str, Any] = self.data
         line: dict[str, int | float] = {
             "switches out": int(data.get("switches_out", 0)),
             "in": int(data.get("switches_in", 0)),

@@ -17,7 +17,7 @@ from kvswitch.hooks import make_policy
 sys.path.insert(0, str(Path(__file__).parents[2] / "engines/sglang"))
 from harness import Server
 
-_LENGTHS = Path(__file__).parents[3] / "examples/kvswitch_demo/data/sharegpt_turns.csv.gz"
+_LENGTHS = Path(__file__).parents[3] / "kvswitch/sim/data/sharegpt_turns.csv.gz"
 _VOCABULARY = 48000
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from engine import Item
 
-_LENGTHS = Path(__file__).parents[3] / "examples/kvswitch_demo/data/sharegpt_turns.csv.gz"
+_LENGTHS = Path(__file__).parents[3] / "kvswitch/sim/data/sharegpt_turns.csv.gz"
 _VOCABULARY = 48000
 
 

@@ -118,3 +118,46 @@ def test_unexpected_scheduler_falls_back_to_the_connector(
     engine.run()
     assert engine.batch(8) == reference
     assert engine.stats.blocks_in > 0
+
+
+def parse(*flags: str) -> Any:
+    """What the command line comes to, as in `vllm serve`."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(flags)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_flags_become_vllms_own_settings(first: bool) -> None:
+    """In either order."""
+    flags = ["--kv-offload=kvswitch", '--kv-offload-config={"quantum": 3}']
+    transfer = parse(*(flags if first else reversed(flags))).kv_transfer_config
+    assert transfer.kv_connector == checks.CONNECTOR
+    assert transfer.kv_connector_extra_config == {"quantum": 3}
+    assert transfer.kv_load_failure_policy == "recompute"
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ('--kv-offload-config={"host_memry": "1GiB"}', "did you mean 'host_memory'"),
+        ("--kv-offload-config=x", "not JSON"),
+        ("--kv-offload-config=[1]", "not a JSON object"),
+        ('--kv-transfer-config={"kv_connector": "X", "kv_role": "kv_both"}', "exclude each other"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_command_line_refuses(
+    capsys: pytest.CaptureFixture[str], flag: str, says: str, first: bool
+) -> None:
+    flags = ["--kv-offload=kvswitch", flag]
+    with pytest.raises((SystemExit, ConfigError)) as error:
+        parse(*(flags if first else reversed(flags)))
+    assert says in capsys.readouterr().err + str(error.value)
+
+
+def test_settings_without_the_flag_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no effect without --kv-offload=kvswitch"):
+        parse('--kv-offload-config={"host_memory": "1GiB"}')

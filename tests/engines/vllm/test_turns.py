@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,23 +103,27 @@ def test_failing_copies_cost_recomputation_only(
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_aborts_leak_nothing(make_engine: Any, reference: Any, asynchronous: bool) -> None:
     """Requests are aborted while running, waiting, leaving and arriving."""
-    engine = make_engine({"strategy": "async"}, blocks=30, asynchronous=asynchronous)
+    engine = make_engine({"strategy": "async", "quantum": 2}, blocks=30, asynchronous=asynchronous)
     engine.add_batch(8, 150, 120)
-    seen = set()
+    seen: list[str] = []
+    order = ["WAITING_FOR_REMOTE_KVS", "PREEMPTED", "RUNNING"]
+    rng = random.Random(0)
 
-    def abort(_: int) -> None:
-        for state in ("WAITING_FOR_REMOTE_KVS", "PREEMPTED", "RUNNING", "WAITING"):
+    def abort(step: int) -> None:
+        if step % 3 == 0:
+            engine.core.set_request_priority(f"r{rng.randrange(8)}", rng.randrange(-5, 5))
+        if len(seen) < len(order):
             names = [
                 request.request_id
                 for request in engine.scheduler.requests.values()
-                if request.status.name == state
+                if request.status.name == order[len(seen)]
             ]
-            if state not in seen and names and (len(seen) or state == "WAITING_FOR_REMOTE_KVS"):
-                seen.add(state)
+            if names:
+                seen.append(order[len(seen)])
                 engine.llm.llm_engine.abort_request([names[-1]], internal=True)
 
     engine.run(abort)
-    assert {"WAITING_FOR_REMOTE_KVS", "PREEMPTED", "RUNNING"} <= seen
+    assert seen == order
     for name, expected in enumerate(reference):
         tokens = engine.tokens.get(f"r{name}", [])
         assert tokens == expected[: len(tokens)]
