@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from kvswitch.errors import ConfigError
 from kvswitch.messages import Direction
-from kvswitch.sim.memory import SwitchMemory
 from kvswitch.sim.profiles import load_profiles
 from kvswitch.sim.run import Machine, Priorities, make_engine, simulate
 from kvswitch.sim.systems import SYSTEMS, System, find_system
@@ -88,25 +87,25 @@ def test_tokens_blocks_and_bytes_are_conserved(
     later = sum(len(script.turns) - 1 for script in scripts)
     first_time = recorder.tokens_prefilled - recorder.tokens_recomputed
     assert prompts + later <= first_time <= prompts + later + swaps.preemptions
-    if not swaps.preemptions and name == "kvswitch":
-        assert (recorder.tokens_recomputed, first_time) == (0, prompts + later)
+    if not swaps.tokens_lost and SYSTEMS[name].next_turn != "drop":
+        assert recorder.tokens_recomputed == 0
 
-    # Bytes: transfers took at least as long as their bytes need.
+    # Bytes: nothing moves faster than the link does, however much is cancelled on its way.
     link = memory.link
     for direction, moved in ((Direction.IN, swaps.blocks_in), (Direction.OUT, swaps.blocks_out)):
-        least = moved * machine.block_bytes / link.pricing.bandwidth
-        if not swaps.transfers_failed and isinstance(memory, SwitchMemory):
-            slack = least * 1e-9
-            assert link.seconds[direction] >= least - slack or engine_cancelled(memory)
+        most = moved * machine.block_bytes / link.pricing.bandwidth
+        assert (link.seconds[direction] > 0) <= (moved > 0)
+        if not engine_cancels(name):
+            assert link.seconds[direction] >= most * (1 - 1e-9)
 
     # Time: it passes in iterations and in between.
     assert engine.now >= sum(recorder._durations) - 1e-6
     assert engine.iterations == len(recorder._durations)
 
 
-def engine_cancelled(memory: SwitchMemory) -> bool:
-    """Whether a transfer may have been cut short: its sequence went before it had ended."""
-    return memory.planner.stats().preemptions > 0 or memory.planner.stats().resumptions > 0
+def engine_cancels(name: str) -> bool:
+    """Whether transfers may be cut short: their sequence is preempted, or freed, meanwhile."""
+    return SYSTEMS[name].memory == "switch" and not SYSTEMS[name].serial
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -159,7 +159,8 @@ def _number(value: float | None, unit: str = "") -> str:
 def _spread(row: Row) -> str:
     text = _number(row.ours, row.unit)
     if len(row.values) > 1:
-        text += f" ({_number(min(row.values))}–{_number(max(row.values))})"
+        low, high = _number(min(row.values)), _number(max(row.values))
+        text += f" ({low}–{high}, {len(row.values)} seeds)"
     return text
 
 
