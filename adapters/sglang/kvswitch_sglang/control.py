@@ -149,7 +149,8 @@ class Control:
     def make_room(self, adder: Any, req: Any) -> bool:
         """Preempt requests of lower priority until `req` fits; whether it does.
 
-        Nobody is preempted if it would not fit then either.
+        Nobody is preempted if it would not fit then either, as far as can be told beforehand: what
+        they share with each other is counted for each of them.
         """
         from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+import kvswitch.sim
 from kvswitch.hooks import make_policy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "engines/sglang"))
 from harness import Server
 
-_LENGTHS = Path(__file__).parents[3] / "kvswitch/sim/data/sharegpt_turns.csv.gz"
+_LENGTHS = Path(kvswitch.sim.__file__).parent / "data/sharegpt_turns.csv.gz"
 _VOCABULARY = 48000
 
 

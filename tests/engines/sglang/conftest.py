@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 MODELS = Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
 
 if find_spec("sglang") is None:  # `make test-sglang` has an environment with it

@@ -147,10 +147,24 @@ class Server:
                 each(number)
             self.step()
         else:
-            raise AssertionError(f"not finished after {most} passes")
+            raise AssertionError(f"not finished after {most} passes: {self.state(requests)}")
         for _ in range(3):
             self.step()
         return [list(r.output_ids) for r in requests]
+
+    def state(self, requests: list[Any]) -> str:
+        """Who is where, for messages."""
+        s = self.scheduler
+        waiting = [(r.rid, r.priority, r.kv.holds_kv) for r in s.waiting_queue]
+        running = [(r.rid, r.priority, r.finished()) for r in s.running_batch.reqs]
+        left = [(r.rid, len(r.output_ids), r.is_retracted) for r in requests if not r.finished()]
+        free = s.token_to_kv_pool_allocator.available_size()
+        return (
+            f"{waiting=} {running=} {left=} {free=} evictable={self.cache.evictable_size()} "
+            f"chunked={getattr(s.chunked_req, 'rid', None)} full={s.running_batch.batch_is_full} "
+            f"last={s.last_batch and [r.rid for r in s.last_batch.reqs]} "
+            f"results={len(s.result_queue)} lost={list(self.cache.control._lost)}"
+        )
 
     @property
     def busy(self) -> bool:

@@ -285,7 +285,7 @@ def aborts() -> dict[str, Any]:
     live: list[Any] = []
     for number in range(260):
         if given and number % 6 == 0:
-            live.append(server.submit(f"a{number}", given.pop(), 40, priority=rng.randrange(5)))
+            live.append(server.submit(f"a{number:06d}", given.pop(), 40, priority=rng.randrange(5)))
         if number % 11 == 5:
             server.retract([0, 1])
         if number % 7 == 3 and live:
@@ -449,7 +449,9 @@ def soak(
         live = []
         for _ in range(30):
             k = rng.randrange(len(given))
-            live.append((k, server.submit(f"s{number}", given[k], 40, priority=rng.randrange(6))))
+            live.append(
+                (k, server.submit(f"s{number:06d}", given[k], 40, priority=rng.randrange(6)))
+            )
             number += 1
             for _ in range(rng.randrange(4)):
                 server.step()

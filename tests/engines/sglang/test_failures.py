@@ -13,7 +13,12 @@ MEMORY = {"host_memory": "64MiB"}
 
 @pytest.mark.parametrize(
     ("overlap", "out", "back", "chunk"),
-    [(False, 0.3, 0.3, None), (True, 0.0, 0.4, None), (True, 0.4, 0.0, 32), (False, 0.1, 0.5, 32)],
+    [
+        (True, 0.1, 0.4, None),
+        (False, 0.2, 0.5, 32),
+        pytest.param(True, 0.4, 0.0, 32, marks=pytest.mark.slow),
+        pytest.param(False, 0.0, 0.4, None, marks=pytest.mark.slow),
+    ],
 )
 def test_failed_copies_are_recomputed(
     scenario: Scenario, overlap: bool, out: float, back: float, chunk: int | None

@@ -39,6 +39,7 @@ def serving(models: Path, log: Path, *more: str) -> Iterator[str]:
         "--skip-tokenizer-init", "--grammar-backend", "none", "--dtype", "float32",
         "--page-size", "16", "--max-total-tokens", "768", "--max-running-requests", "8",
         "--context-length", "2048", "--mem-fraction-static", "0.3", "--skip-server-warmup",
+        "--priority-scheduling-preemption-threshold", "0",
         "--random-seed", "0", "--port", str(port), *more,
     ]  # fmt: skip
     environment = {

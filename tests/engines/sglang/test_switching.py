@@ -9,9 +9,18 @@ import pytest
 
 Scenario = Callable[..., dict[str, Any]]
 MEMORY = {"host_memory": "64MiB"}
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("page_size", "overlap"), [(16, False), (16, True), (1, False), (1, True)])
+@pytest.mark.parametrize(
+    ("page_size", "overlap"),
+    [
+        (16, False),
+        (1, True),
+        pytest.param(16, True, marks=slow),
+        pytest.param(1, False, marks=slow),
+    ],
+)
 def test_forced_retractions_change_nothing(
     scenario: Scenario, page_size: int, overlap: bool
 ) -> None:
@@ -44,7 +53,7 @@ def test_random_priorities_under_pressure_change_nothing(
     assert found["recomputed"] <= found["retractions"]
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("epoch", [3, 10])
@@ -65,7 +74,7 @@ def test_who_is_important_takes_memory_from_others(scenario: Scenario) -> None:
     assert found["recomputed"] == 0
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", [16, pytest.param(1, marks=slow)])
 def test_the_next_turn_finds_the_last_one_on_the_host(scenario: Scenario, page_size: int) -> None:
     found = scenario("turns", config=MEMORY, page_size=page_size)
     last = found["history"] - 1  # whose KV is never computed
@@ -82,6 +91,7 @@ def test_a_forward_begins_before_its_load_has_ended(scenario: Scenario) -> None:
     assert found["blocks_per_copy"] >= 8
 
 
+@slow
 def test_a_load_may_also_be_waited_for(scenario: Scenario) -> None:
     found = scenario("layers", config={**MEMORY, "strategy": "sync"})
     assert found["asked"] == 0
