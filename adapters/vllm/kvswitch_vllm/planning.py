@@ -13,9 +13,8 @@ from time import perf_counter
 from typing import Any
 
 from kvswitch.messages import Observations, decode_observations, encode
-from kvswitch.switch import EngineSwapManager, RankReports
+from kvswitch.switch import Counters, EngineSwapManager, RankReports
 from kvswitch_vllm.block_pool import GroupQueue, VllmPool, install_groups
-from kvswitch_vllm.metrics import Counters
 from kvswitch_vllm.settings import Settings
 from kvswitch_vllm.wire import Load, StepOrders, WorkerReports
 
