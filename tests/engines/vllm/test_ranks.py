@@ -29,6 +29,7 @@ def serve(blocks: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a rank needs a core")
 def test_two_ranks_switch_alike() -> None:
     alone, pressed = serve(200), serve(25)
