@@ -20,6 +20,14 @@ MODELS = Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
 if find_spec("sglang") is None:  # `make test-sglang` has an environment with it
     collect_ignore_glob = ["*"]
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """SGLang and its dependencies warn of themselves; here only what is tested counts."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_DEBUG_MEMORY_POOL": "1",

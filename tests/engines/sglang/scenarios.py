@@ -381,6 +381,15 @@ def refused(**arguments: Any) -> dict[str, Any]:
     return {"kind": "", "message": ""}
 
 
+def known() -> dict[str, Any]:
+    """The installed SGLang must be as it is expected."""
+    from kvswitch_sglang import checks
+
+    checks.check_version()
+    checks.check_names()
+    return {"kind": ""}
+
+
 def layers() -> dict[str, Any]:
     """A forward begins before its load has ended, and waits layer by layer."""
     import kvswitch_sglang.switching as module
