@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 MODELS = Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
-
-if find_spec("sglang") is None:  # `make test-sglang` has an environment with it
-    collect_ignore_glob = ["*"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

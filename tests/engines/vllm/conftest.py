@@ -7,7 +7,6 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,11 @@ os.environ.update(
 
 import pytest
 
-if find_spec("vllm") is None:  # `make test-vllm` has an environment with it
-    collect_ignore_glob = ["*"]
-else:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from vllm import LLM, SamplingParams
-        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-        from vllm.platforms.cpu import CpuPlatform
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.platforms.cpu import CpuPlatform
 
 MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
 
