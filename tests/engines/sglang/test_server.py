@@ -139,6 +139,6 @@ def test_a_server_switches_for_real_clients(models: Path, tmp_path: Path) -> Non
         assert metric(url, "bytes_in") > 0
         # One token of each at most: with overlap, the one under way when it left.
         assert metric(url, "recomputed_tokens") <= metric(url, "switches_out")
-        assert 0 < metric(url, "host_usage") <= 1
+        assert 0 <= metric(url, "host_usage") <= 1
     with serving(models, tmp_path / "again") as url:
         assert generate(url, given[0], 100, 0) == alone[0]
