@@ -59,9 +59,13 @@ class Conversation:
 
 @dataclass
 class Step:
-    """What one iteration did; times by `perf_counter`."""
+    """What one iteration did; times by `perf_counter`.
+
+    `preparing` is how long it took to prepare the batch: part of the forward, but before `ready`.
+    """
 
     begin: float
+    preparing: float = 0.0
     ready: float = 0.0
     end: float = 0.0
     tokens: dict[int, int] = field(default_factory=dict)  # by conversation
@@ -182,7 +186,9 @@ class Engine:
         # 3. Switch.
         absent = self.switch.dispatch()
         work = {c: share for c, share in batch.items() if c.id not in absent}
+        started = perf_counter()
         forward = self._prepare(work)
+        step.preparing = perf_counter() - started
         for id_, tokens in self.switch.wait().landed.items():
             if tokens != self.conversations[id_].computed:
                 self.conversations[id_].computed = tokens  # a copy failed: recompute the rest

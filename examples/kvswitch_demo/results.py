@@ -45,8 +45,8 @@ class TurnRecord(msgspec.Struct):
 class IterationRecord(msgspec.Struct):
     """One iteration of the engine; times in seconds since the run began.
 
-    ``begin`` to ``ready`` is scheduling and planning, of which ``stall`` is waiting for transfers;
-    ``ready`` to ``end`` is the forward of ``decoding`` sequences and ``prefilled`` prompt tokens.
+    ``begin`` to ``ready`` is scheduling, planning, preparing the batch, and ``stall``, waiting for
+    transfers; ``ready`` to ``end`` is the forward of ``decoding`` sequences and ``prefilled`` tokens.
     ``overhead`` is scheduling and planning alone. ``recomputed`` counts the tokens computed that
     had been computed before.
     """

@@ -222,7 +222,7 @@ class _Server:
                 ready=step.ready - begin,
                 end=now,
                 stall=stall,
-                overhead=step.ready - step.begin - stall,
+                overhead=step.ready - step.begin - stall - step.preparing,
                 decoding=len(step.tokens),
                 prefilled=step.prefilled,
                 recomputed=step.recomputed,

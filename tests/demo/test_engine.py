@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +102,22 @@ def test_lost_bytes_would_be_noticed(
 
     monkeypatch.setattr("kvswitch_demo.run.CpuBackend", Forgetful)
     assert serve(model, "kvswitch", WORKLOAD, scripts)[0].tokens != reference.tokens
+
+
+def test_preparing_a_batch_is_no_scheduling(
+    model: Llama, scripts: Conversations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = model.prepare
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.002)
+        return prepare(*args)
+
+    monkeypatch.setattr(model, "prepare", slowly)
+    run, _ = serve(model, "kvswitch", WORKLOAD, scripts[:3])
+    busy = [i for i in run.iterations if i.decoding or i.prefilled]
+    assert busy
+    assert all(i.overhead <= i.ready - i.begin - 0.002 for i in busy)
 
 
 def test_host_memory_too_small_recomputes_what_is_lost(
