@@ -46,9 +46,9 @@ class IterationRecord(msgspec.Struct):
     """One iteration of the engine; times in seconds since the run began.
 
     ``begin`` to ``ready`` is scheduling, planning, preparing the batch, and ``stall``, waiting for
-    transfers; ``ready`` to ``end`` is the forward of ``decoding`` sequences and ``prefilled`` tokens.
-    ``overhead`` is scheduling and planning alone. ``recomputed`` counts the tokens computed that
-    had been computed before.
+    transfers; ``ready`` to ``end`` is the forward of ``decoding`` sequences and ``prefilled``
+    prompt tokens. ``overhead`` is scheduling and planning alone. ``recomputed`` counts the tokens
+    computed that had been computed before.
     """
 
     begin: float
