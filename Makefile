@@ -106,8 +106,9 @@ format: $(STAMP) ## Bring the code into shape
 
 test: test-core test-vllm test-sglang ## Style, types, and all tests but the slow ones, the engines' too
 
+# Hypothesis tries the same examples here each time; `test-all` goes looking for others.
 test-core: lint ## As `test`, without engines
-	$(BIN)/pytest -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/pytest -m 'not slow and not gpu' --hypothesis-profile=ci $(ARGS)
 
 test-vllm: $(VLLM)/.installed ## The vLLM adapter with real vLLM, on a CPU
 	$(VLLM)/bin/pytest tests/engines/vllm -m 'not slow and not gpu' $(ARGS)

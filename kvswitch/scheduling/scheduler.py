@@ -70,8 +70,8 @@ class PriorityScheduler:
         ignores it). Below `epoch`.
     headroom : int
         Blocks that stay free beside a sequence switched in and all above it, for the growth of
-        those that run; half as many beside all that run, when somebody is switched in, so that
-        block groups stay large. Otherwise nobody is preempted for it, and the highest of all does
+        those that run; half as many beside those below it that still run, so that block groups
+        stay large. If nobody is switched in, nobody leaves for it, and the highest of all does
         without.
 
     Raises
@@ -394,8 +394,15 @@ class PriorityScheduler:
         queues = self._queues
         order, running = queues.order()
         need = queues.blocks_needed[order]
-        margin = np.where(running, self._headroom // 2, self._headroom)
+        # Nobody leaves for the headroom alone: of those that run, only who is below a newcomer
+        # must leave any.
+        margin = np.where(running, 0, self._headroom)
         target = take_greedily(need, margin, capacity, self._slots)
+        incoming = np.flatnonzero(target & ~running)
+        if incoming.size:
+            below = running[incoming[0] :]
+            margin[incoming[0] :][below] = self._headroom // 2
+            target = take_greedily(need, margin, capacity, self._slots)
         self._enough = enough_for_another(target, need, margin, self._slots)
 
         newcomers = order[target & ~running]

@@ -427,6 +427,16 @@ def test_nobody_is_preempted_for_headroom() -> None:
     pool.run(15)
 
 
+def test_nobody_gives_way_for_headroom_to_a_smaller_one() -> None:
+    pool = Pool(blocks=100, headroom=6)
+    pool.add("a", 47)
+    pool.add("b", 47, priority=-1)
+    pool.schedule()
+    pool.add("smaller", 3, priority=-2)
+    pool.resize("a", 51)
+    pool.run(15)
+
+
 # -- what the engine could not do ------------------------------------------------------------------
 
 

@@ -84,7 +84,10 @@ class Model:
         taken: list[Entry] = []
         used = 0
         for entry in self.order():
-            spare = self.headroom if entry.state != State.RUNNING else self.headroom // 2
+            spare = self.headroom
+            if entry.state == State.RUNNING:
+                below_a_newcomer = any(other.state != State.RUNNING for other in taken)
+                spare = self.headroom // 2 if below_a_newcomer else 0
             spare = spare if taken else 0
             if len(taken) < self.slots and used + entry.need + spare <= capacity:
                 taken.append(entry)
