@@ -87,10 +87,10 @@ bench-serving: $(STAMP) ## The real planner in virtual time: granularity, reuse,
 	$(BIN)/python tests/benchmarks/serving.py $(ARGS)
 
 bench-vllm: $(VLLM)/.installed ## vLLM as it is, recomputing, and with kvswitch; bench-results/vllm/
-	$(VLLM)/bin/python tests/benchmarks/vllm/compare.py $(ARGS)
+	$(VLLM)/bin/python tests/benchmarks/engines/compare_vllm.py $(ARGS)
 
 bench-sglang: $(SGLANG)/.installed ## SGLang as it is, recomputing, and with kvswitch; bench-results/sglang/
-	$(SGLANG)/bin/python tests/benchmarks/sglang/compare.py $(ARGS)
+	$(SGLANG)/bin/python tests/benchmarks/engines/compare_sglang.py $(ARGS)
 
 evaluate: $(STAMP) ## The paper's figures, simulated (2 hours; ARGS="--quick" 2 minutes); report in evaluation-report/
 	$(BIN)/kvswitch evaluate $(ARGS)

@@ -1,8 +1,8 @@
 """kvswitch in SGLang, offline: an important request takes memory from others, and nothing is lost.
 
-    python examples/sglang_offline.py MODEL
+    python examples/sglang_offline.py MODEL ['{"page_size": 16, ...}']
 
-Needs ``pip install 'kvswitch[sglang]'``. On a server the same is said by
+The second argument has more settings for SGLang's engine. Needs ``pip install 'kvswitch[sglang]'``. On a server the same is said by
 ``--radix-cache-backend kvswitch --enable-priority-scheduling``; see docs/sglang.md.
 """
 
@@ -44,7 +44,8 @@ def main() -> None:
         model_path=sys.argv[1],
         radix_cache_backend="kvswitch",
         enable_priority_scheduling=True,
-        max_total_tokens=2048,  # little, so that somebody has to give way
+        max_total_tokens=1024,  # little, so that somebody has to give way
+        **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"),
     )
     engine.loop.run_until_complete(serve(engine))
     engine.shutdown()

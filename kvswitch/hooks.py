@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvswitch.switch.manager import Resumption
     from kvswitch.transfer import Backend, Layout, Ticket
 
-__all__ = ["hookimpl", "hookspec", "make_policy", "make_registered", "plugin_manager"]
+__all__ = ["hookimpl", "hookspec", "make_backend", "make_policy", "plugin_manager"]
 
 hookspec = pluggy.HookspecMarker("kvswitch")
 hookimpl = pluggy.HookimplMarker("kvswitch")
@@ -110,26 +110,13 @@ def plugin_manager(plugins: Iterable[Any] = ()) -> pluggy.PluginManager:
     return manager
 
 
-def make_registered(
+def _make_registered(
     registrations: Iterable[Mapping[str, Callable[..., Any]]],
     name: str,
     kind: str,
     **settings: Any,
 ) -> Any:
-    """Make what plug-ins have registered as `name`; the later plug-in wins.
-
-    Parameters
-    ----------
-    registrations : iterable of mapping
-        What a registration hook has returned.
-    kind : str
-        What `name` should be, for the messages.
-
-    Raises
-    ------
-    ConfigError
-        Nothing of that name is registered, or it has no such settings.
-    """
+    """Make what plug-ins have registered as `name`; the later plug-in wins."""
     every: dict[str, Callable[..., Any]] = {}
     for registration in registrations:  # those of later plug-ins come first
         every = {**registration, **every}
@@ -139,6 +126,32 @@ def make_registered(
         return every[name](**settings)
     except TypeError as error:
         raise ConfigError(f"cannot make {kind} {name!r}: {error}") from error
+
+
+def make_backend(
+    name: str, layout: Layout, *, on_cuda: bool, manager: pluggy.PluginManager | None = None
+) -> Backend:
+    """Make a registered copy backend for a KV cache of that layout.
+
+    Parameters
+    ----------
+    name : str
+        As in setting ``backend``: "auto" takes "cuda" or "cpu", by where the KV cache is.
+    on_cuda : bool
+        Whether it is on a CUDA device.
+    manager : PluginManager, optional
+        One with more than the installed plug-ins.
+
+    Raises
+    ------
+    ConfigError
+        There is no such backend, or it cannot be had here.
+    """
+    if name == "auto":
+        name = "cuda" if on_cuda else "cpu"
+    registrations = (manager or plugin_manager()).hook.kvswitch_backends(layout=layout)
+    backend: Backend = _make_registered(registrations, name, "copy backend")
+    return backend
 
 
 def make_policy(name: str, *, plugins: Iterable[Any] = (), **settings: Any) -> PriorityPolicy:
@@ -157,5 +170,5 @@ def make_policy(name: str, *, plugins: Iterable[Any] = (), **settings: Any) -> P
         There is no such policy, or it has no such settings.
     """
     registrations = plugin_manager(plugins).hook.kvswitch_policies()
-    policy: PriorityPolicy = make_registered(registrations, name, "priority policy", **settings)
+    policy: PriorityPolicy = _make_registered(registrations, name, "priority policy", **settings)
     return policy

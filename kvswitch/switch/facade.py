@@ -24,13 +24,13 @@ from typing import Any
 
 from kvswitch.config import Config
 from kvswitch.errors import ConfigError, InvalidTransition
-from kvswitch.hooks import make_registered, plugin_manager
+from kvswitch.hooks import make_backend, plugin_manager
 from kvswitch.messages import BlockIds, Transfer
 from kvswitch.switch.manager import SwapManager
 from kvswitch.switch.sequence import SequenceState
 from kvswitch.switch.stats import SwapStats
 from kvswitch.switch.worker import SwapWorker
-from kvswitch.transfer import Backend, HostArena, Layout, Ticket, TransferEngine, layout_of
+from kvswitch.transfer import Backend, Layout, Ticket, TransferEngine, layout_of
 
 __all__ = ["KVSwitch", "Ready", "Resumed", "SwapTicket"]
 
@@ -145,39 +145,29 @@ class KVSwitch:
         self._forward_began: float | None = None  # None: there was nothing to run
         self._stall_before = 0.0
         self._in_series = config.strategy == "serial"  # then nothing goes on beside the copies
+        self.planner = SwapManager(
+            layout.num_blocks,
+            host_blocks,
+            block_tokens,
+            block_bytes=layout.block_bytes,
+            first_group=config.first_group,
+            headroom=config.headroom,
+            strategy=config.strategy,
+            swap=config.preemption == "switch",
+            reuse=config.reuse,
+            on_lost=self._note_lost,
+        )
         if backend is None:
-            backend = self._make_backend(config.backend, kv_cache)
-        try:
-            arena = backend.host_arena(host_blocks * layout.block_bytes)
-        except BaseException:
-            backend.close()
-            raise
-        try:
-            self.planner = SwapManager(
-                layout.num_blocks,
-                host_blocks,
-                block_tokens,
-                block_bytes=layout.block_bytes,
-                first_group=config.first_group,
-                headroom=config.headroom,
-                strategy=config.strategy,
-                swap=config.preemption == "switch",
-                reuse=config.reuse,
-                on_lost=self._note_lost,
-            )
-            engine = TransferEngine(
-                backend, layout, arena.layout(layout), window_bytes=config.window_bytes
-            )
-        except BaseException:
-            backend.close()
-            arena.close()
-            raise
+            first = kv_cache[0] if isinstance(kv_cache, list | tuple) else kv_cache
+            on_cuda = getattr(first, "is_cuda", False)
+            backend = make_backend(config.backend, layout, on_cuda=on_cuda, manager=self._hooks)
+        engine = TransferEngine.open(backend, layout, host_blocks, window_bytes=config.window_bytes)
         self._grow = self.planner.grow
         self._worker = SwapWorker(
             engine, backend, on_started=self._on_started, on_ended=self._on_ended
         )
         # Holds what transfers touch until they have ended, even if this object is just dropped.
-        self._shut = weakref.finalize(self, _shut, engine, arena, kv_cache)
+        self._shut = weakref.finalize(self, _shut, engine, kv_cache)
 
     # -- verbs -------------------------------------------------------------------------------
 
@@ -438,17 +428,7 @@ class KVSwitch:
         except Exception:
             _log.exception("a plug-in has failed to observe")
 
-    def _make_backend(self, name: str, kv_cache: Any) -> Backend:
-        if name == "auto":
-            first = kv_cache[0] if isinstance(kv_cache, list | tuple) else kv_cache
-            name = "cuda" if getattr(first, "is_cuda", False) else "cpu"
-        backend: Backend = make_registered(
-            self._hooks.hook.kvswitch_backends(layout=self.layout), name, "copy backend"
-        )
-        return backend
 
-
-def _shut(engine: TransferEngine, arena: HostArena, kv_cache: object) -> None:
-    """End all transfers, then give the memory back that they touched."""
+def _shut(engine: TransferEngine, kv_cache: object) -> None:
+    """End all transfers; then the KV cache that they touched may go."""
     engine.close()
-    arena.close()

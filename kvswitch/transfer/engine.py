@@ -21,6 +21,7 @@ from typing import Final
 
 from kvswitch.errors import ConfigError, IntegrityError, TransferError
 from kvswitch.messages import BlockIds, Direction, Transfer
+from kvswitch.transfer.arena import HostArena
 from kvswitch.transfer.backend import Backend, Event
 from kvswitch.transfer.lane import Job, Lane, Ledger
 from kvswitch.transfer.layout import Layout
@@ -46,6 +47,8 @@ class TransferEngine:
         Most bytes in one window; the backend knows how many suit its link. Where the host paces
         windows two are in flight per direction, so that a small copy of the inference engine waits
         for twice this at most; where the device does, for one [3.2].
+    arena : HostArena, optional
+        Memory behind `host` that `close` is to give back.
 
     Raises
     ------
@@ -60,6 +63,7 @@ class TransferEngine:
         host: Layout,
         *,
         window_bytes: int | None = None,
+        arena: HostArena | None = None,
     ) -> None:
         if not device.mirrors(host):
             raise ConfigError(
@@ -70,6 +74,7 @@ class TransferEngine:
             window_bytes = backend.window_bytes
         if window_bytes < 1:
             raise ConfigError(f"window_bytes must be at least 1, not {window_bytes}")
+        self.arena: Final = arena
         self._backend: Final = backend
         self._ledger: Final = Ledger()
         self._last = -1
@@ -82,6 +87,33 @@ class TransferEngine:
         out.start(back)
         back.start(out)
         atexit.register(self.close)  # no copy may run while the interpreter frees its memory
+
+    @classmethod
+    def open(
+        cls,
+        backend: Backend,
+        device: Layout,
+        host_blocks: int,
+        *,
+        window_bytes: int | None = None,
+    ) -> TransferEngine:
+        """Make an engine with host memory of its own, in which there is room for `host_blocks`.
+
+        Raises
+        ------
+        ConfigError
+            The memory is not to be had, or `window_bytes` < 1. `backend` is closed then.
+        """
+        arena = None
+        try:
+            arena = backend.host_arena(host_blocks * device.block_bytes)
+            host = arena.layout(device)
+            return cls(backend, device, host, window_bytes=window_bytes, arena=arena)
+        except BaseException:
+            backend.close()
+            if arena is not None:
+                arena.close()
+            raise
 
     def submit(self, transfer: Transfer, *, fence: Event | None = None) -> Ticket:
         """Take on a transfer, and return at once.
@@ -272,7 +304,7 @@ class TransferEngine:
         self.wait(ids, timeout)
 
     def close(self) -> None:
-        """Cancel what has not been dispatched, wait for the rest, end all threads.
+        """Cancel what has not been dispatched, wait for the rest, end all threads, free the arena.
 
         Tickets can still be polled. May be called again, and is called at exit if forgotten.
         """
@@ -283,6 +315,8 @@ class TransferEngine:
         for lane in self._lanes:
             lane.join()
         self._backend.close()
+        if self.arena is not None:
+            self.arena.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> TransferEngine:

@@ -57,8 +57,8 @@ class Soak:
             block_tokens=TOKENS,
             backend=self.backend,
         )
-        arena = self.switch._shut.peek()[2][1]  # type: ignore[index]
-        host = arena.view().view(np.float64)
+        engine = self.switch._shut.peek()[2][0]  # type: ignore[index]
+        host = engine.arena.view().view(np.float64)
         self.host = host.reshape(2, host_blocks, TOKENS * WIDTH)
         self.text: dict[int, list[float]] = {}
         self.computed: dict[int, int] = {}

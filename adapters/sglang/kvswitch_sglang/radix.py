@@ -71,7 +71,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             settings,
             pages,
             layout,
-            kind="cpu" if self._on_cpu else "cuda",
+            on_cuda=not self._on_cpu,
             page_tokens=self.page_size,
             rank=context.tp_rank if context.tp_size > 1 else 0,
             num_ranks=context.tp_size,

@@ -12,10 +12,10 @@ from time import perf_counter
 from typing import Any
 
 from kvswitch.errors import ConfigError
-from kvswitch.hooks import make_registered, plugin_manager
+from kvswitch.hooks import make_backend
 from kvswitch.messages import BlockIds
 from kvswitch.switch import EngineSwapManager, ReducedReports, SwapStats, SwapWorker
-from kvswitch.transfer import Backend, HostArena, Layout, TransferEngine
+from kvswitch.transfer import Layout, TransferEngine
 from kvswitch_sglang.pages import PagePool
 from kvswitch_sglang.settings import Settings
 
@@ -36,8 +36,8 @@ class Switching:
         Of which this becomes the holder.
     layout : Layout
         Keys and values of each layer, layer after layer.
-    kind : {"cpu", "cuda"}
-        Where the KV cache is.
+    on_cuda : bool
+        Whether the KV cache is on a CUDA device.
     page_tokens : int
     rank, num_ranks : int
     minimum : callable
@@ -58,7 +58,7 @@ class Switching:
         pages: PagePool,
         layout: Layout,
         *,
-        kind: str,
+        on_cuda: bool,
         page_tokens: int,
         rank: int,
         num_ranks: int,
@@ -71,9 +71,6 @@ class Switching:
                 f"host_memory of {settings.host_memory} does not hold one page of "
                 f"{layout.block_bytes} bytes on each of {num_ranks} ranks: give kvswitch more"
             )
-        name = kind if settings.backend == "auto" else settings.backend
-        registered = plugin_manager().hook.kvswitch_backends(layout=layout)
-        backend: Backend = make_registered(registered, name, "copy backend")
         self._pages = pages
         self._stream = stream
         self._layers = len(layout.regions) // _REGIONS
@@ -91,19 +88,10 @@ class Switching:
         self._page_tokens = page_tokens
         self._swap = settings.preemption == "switch"
         self._always = settings.strategy in ("sync", "serial")
-        try:
-            self._arena: HostArena = backend.host_arena(host_blocks * layout.block_bytes)
-        except BaseException:
-            backend.close()
-            raise
-        try:
-            self._engine = TransferEngine(
-                backend, layout, self._arena.layout(layout), window_bytes=settings.window_bytes
-            )
-        except BaseException:
-            backend.close()
-            self._arena.close()
-            raise
+        backend = make_backend(settings.backend, layout, on_cuda=on_cuda)
+        self._engine = TransferEngine.open(
+            backend, layout, host_blocks, window_bytes=settings.window_bytes
+        )
         self._worker = SwapWorker(self._engine, backend)
         self._reports = ReducedReports(rank, num_ranks, minimum)
         self._alone = num_ranks == 1
@@ -314,7 +302,6 @@ class Switching:
     def close(self) -> None:
         """End all transfers, then give the memory back. May be called again."""
         self._engine.close()
-        self._arena.close()
 
 
 class LayerWaits:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvswitch.errors import ConfigError
-from kvswitch.hooks import make_registered, plugin_manager
+from kvswitch.hooks import make_backend
 from kvswitch.messages import decode_orders, encode
 from kvswitch.switch import SwapWorker
-from kvswitch.transfer import Backend, HostArena, Layout, TransferEngine, layout_of
+from kvswitch.transfer import Layout, TransferEngine, layout_of
 from kvswitch_vllm.settings import Settings
 from kvswitch_vllm.wire import Load, StepOrders, WorkerReports
 
@@ -53,20 +53,11 @@ class Moving:
                 f"kvswitch: rank {rank} has blocks of {layout.block_bytes} bytes, the scheduler "
                 f"counts {block_bytes}: this model's KV cache is not supported"
             )
-        backend = make_backend(settings.backend, kv_caches, layout)
-        try:
-            self._arena: HostArena = backend.host_arena(host_blocks * block_bytes)
-        except BaseException:
-            backend.close()
-            raise
-        try:
-            self._engine = TransferEngine(
-                backend, layout, self._arena.layout(layout), window_bytes=settings.window_bytes
-            )
-        except BaseException:
-            backend.close()
-            self._arena.close()
-            raise
+        first = next(iter(kv_caches.values()), None)
+        backend = make_backend(settings.backend, layout, on_cuda=getattr(first, "is_cuda", False))
+        self._engine = TransferEngine.open(
+            backend, layout, host_blocks, window_bytes=settings.window_bytes
+        )
         self._worker = SwapWorker(self._engine, backend)
         self._loads: dict[int, Load] = {}
         self._sources: dict[int, tuple[int, ...]] = {}  # swap-outs whose bytes a load reads
@@ -130,7 +121,6 @@ class Moving:
     def close(self) -> None:
         """End all transfers, then give the memory back."""
         self._engine.close()
-        self._arena.close()
 
 
 def cache_layout(kv_caches: Mapping[str, Any], num_blocks: int) -> Layout:
@@ -168,13 +158,3 @@ def cache_layout(kv_caches: Mapping[str, Any], num_blocks: int) -> Layout:
             )
         arrays += parts
     return layout_of(arrays).merged()
-
-
-def make_backend(name: str, kv_caches: Mapping[str, Any], layout: Layout) -> Backend:
-    """Make the copy backend that a setting names; "auto" goes by where the KV cache is."""
-    if name == "auto":
-        first = next(iter(kv_caches.values()), None)
-        name = "cuda" if getattr(first, "is_cuda", False) else "cpu"
-    registered = plugin_manager().hook.kvswitch_backends(layout=layout)
-    backend: Backend = make_registered(registered, name, "copy backend")
-    return backend

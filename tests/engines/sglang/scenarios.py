@@ -137,7 +137,7 @@ def wrong_bytes() -> dict[str, Any]:
     def each(number: int) -> None:
         if number == 12:
             server.retract([0, 1], poison=True)
-            host = server.switching._arena.view().view(np.float32)
+            host = server.switching._engine.arena.view().view(np.float32)
             host[:] = np.random.default_rng(0).normal(size=host.size)
 
     found = server.run(requests, each=each)
@@ -329,7 +329,7 @@ def faults(overlap: bool, out: float, back: float, chunk: int | None = None) -> 
     import kvswitch_sglang.switching as module
 
     backend = FaultyBackend(1, dict.fromkeys(Direction, 0.0))
-    module.make_registered = lambda *args, **kwargs: backend
+    module.make_backend = lambda *args, **kwargs: backend
     server = Server(TINY, overlap=overlap, **({"chunked_prefill_size": chunk} if chunk else {}))
     given = prompts(8, 11)
     expected = reference(server, given, 60)
@@ -395,7 +395,7 @@ def layers() -> dict[str, Any]:
     import kvswitch_sglang.switching as module
 
     backend = CpuBackend(bandwidth=2e7)
-    module.make_registered = lambda *args, **kwargs: backend
+    module.make_backend = lambda *args, **kwargs: backend
     server = Server(TINY)
     given = prompts(2, 13, 600, 601)
     expected = reference(server, given, 20)
@@ -440,7 +440,7 @@ def soak(
 
     rng = random.Random(seed)
     backend = FaultyBackend(seed, {Direction.OUT: 0.02, Direction.IN: 0.02})
-    module.make_registered = lambda *args, **kwargs: backend
+    module.make_backend = lambda *args, **kwargs: backend
     server = Server(
         TINY,
         overlap=overlap,

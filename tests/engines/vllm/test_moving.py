@@ -96,7 +96,7 @@ def test_load_of_what_failed_to_leave_has_failed(
     caches: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its copy goes well, but brings back what the host never got."""
-    monkeypatch.setattr(moving, "make_backend", lambda *_: NothingGoesOut())
+    monkeypatch.setattr(moving, "make_backend", lambda *_, **__: NothingGoesOut())
     worker = make(caches)
     worker.before_forward(StepOrders(orders(*out_and_in()), {1: Load("a", (5, 6))}))
     assert finish(worker) == {"a"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,7 +89,7 @@ def test_failing_copies_cost_recomputation_only(
     direction: Direction,
     asynchronous: bool,
 ) -> None:
-    def failing(name: str, kv_caches: Mapping[str, Any], layout: Layout) -> Backend:
+    def failing(name: str, layout: Layout, *, on_cuda: bool) -> Backend:
         return Failing(direction)
 
     monkeypatch.setattr(moving, "make_backend", failing)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # One thread computes, one core is left to the copies; vLLM reads these when it is imported.
@@ -17,60 +14,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-import numpy as np
-
-MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models"))
-
-
-@dataclass(frozen=True)
-class Item:
-    """A request of the workload.
-
-    Attributes
-    ----------
-    name : str
-    arrival : float
-        Seconds after the start; or, with `after`, after that request has ended.
-    prompt : list of int
-    output : int
-        Tokens to generate.
-    after : str or None
-        Conversation: comes when that one has ended, its prompt and output before its own.
-    """
-
-    name: str
-    arrival: float
-    prompt: list[int]
-    output: int
-    after: str | None = None
-
-
-@dataclass
-class Outcome:
-    """What became of the requests of one run."""
-
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    arrived: dict[str, float] = field(default_factory=dict)
-    times: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    steps: int = 0
-    inversion: float = 0.0
-    counters: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def throughput(self) -> float:
-        """Tokens a second."""
-        return sum(map(len, self.tokens.values())) / self.seconds
-
-    @property
-    def ttft(self) -> list[float]:
-        """Time to first token of each request."""
-        return [times[0] - self.arrived[name] for name, times in self.times.items()]
-
-    @property
-    def between(self) -> list[float]:
-        """Times between tokens, over all requests."""
-        return [gap for times in self.times.values() for gap in np.diff(times).tolist()]
+from comparison import Outcome
+from workloads import Item
 
 
 def make_llm(
@@ -80,7 +25,7 @@ def make_llm(
     from vllm import LLM
 
     arguments: dict[str, Any] = {
-        "model": str(MODELS / model),
+        "model": model,
         "skip_tokenizer_init": True,
         "enforce_eager": True,
         "max_model_len": 1280,
@@ -99,9 +44,7 @@ def make_llm(
     return LLM(**arguments)
 
 
-def serve(
-    llm: Any, items: Sequence[Item], *, on_step: Callable[[Any, int], None] | None = None
-) -> Outcome:
+def serve(llm: Any, items: Sequence[Item]) -> Outcome:
     """Serve `items` as they arrive; what came out and when."""
     from vllm import SamplingParams
 
@@ -111,7 +54,7 @@ def serve(
     waiting = sorted((i for i in items if i.after is None), key=lambda item: item.arrival)
     followers = {item.after: item for item in items if item.after is not None}
     prompts: dict[str, list[int]] = {}
-    ended: dict[str, float] = {}
+    preempted: dict[str, int] = {}
     last = start = time.perf_counter()
     while waiting or followers or engine.has_unfinished_requests():
         now = time.perf_counter() - start
@@ -135,24 +78,21 @@ def serve(
             continue
         outputs = engine.step()
         now = time.perf_counter()
-        outcome.steps += 1
         outcome.inversion += (now - last) * _inverted(scheduler)
         last = now
+        preempted |= {r.request_id: r.num_preemptions for r in scheduler.requests.values()}
         for output in outputs:
             name = output.request_id
             ids = list(output.outputs[0].token_ids)
             new = len(ids) - len(outcome.tokens[name])
             outcome.tokens[name] = ids
             outcome.times[name] += [now - start] * new
-            if output.finished:
-                ended[name] = now - start
-                if (follower := followers.pop(name, None)) is not None:
-                    arrival = now - start + follower.arrival
-                    waiting.append(Item(**{**vars(follower), "arrival": arrival}))
-                    waiting.sort(key=lambda item: item.arrival)
-        if on_step is not None:
-            on_step(scheduler, outcome.steps)
+            if output.finished and (follower := followers.pop(name, None)) is not None:
+                arrival = now - start + follower.arrival
+                waiting.append(Item(**{**vars(follower), "arrival": arrival}))
+                waiting.sort(key=lambda item: item.arrival)
     outcome.seconds = time.perf_counter() - start
+    outcome.preemptions = sum(preempted.values())
     if scheduler.connector is not None and hasattr(scheduler.connector, "planning"):
         while scheduler.has_requests():  # let what is under way come to its end
             engine.engine_core.engine_core.step_fn()
@@ -164,16 +104,7 @@ def serve(
     return outcome
 
 
-def _inverted(scheduler: Any) -> bool:
-    """Whether somebody waits who is more important than one that runs."""
-    if not scheduler.running or not scheduler.waiting:
-        return False
-    lowest = max(request.priority for request in scheduler.running)
-    return any(request.priority < lowest for request in scheduler.waiting)
-
-
-def close(llm: Any) -> None:
-    """Give an engine's memory back."""
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
+def _inverted(scheduler: Any) -> int:
+    """How many wait who are more important than one that runs; vLLM's lower numbers are."""
+    lowest = max((r.priority for r in scheduler.running), default=float("-inf"))
+    return sum(r.priority < lowest for r in scheduler.waiting)

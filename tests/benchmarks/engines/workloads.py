@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from engine import Item
 
-_LENGTHS = Path(__file__).parents[3] / "kvswitch/sim/data/sharegpt_turns.csv.gz"
+import kvswitch.sim
+
+_LENGTHS = Path(kvswitch.sim.__file__).parent / "data/sharegpt_turns.csv.gz"
 _VOCABULARY = 48000
 
 
-def single_turns(seed: int, requests: int = 50, rate: float = 1.5) -> list[Item]:
+@dataclass(frozen=True)
+class Item:
+    """A request of the workload.
+
+    Attributes
+    ----------
+    name : str
+    arrival : float
+        Seconds after the start; or, with `after`, after that request has ended.
+    prompt : list of int
+    output : int
+        Tokens to generate.
+    after : str or None
+        Conversation: comes when that one has ended, its prompt and output before its own.
+    """
+
+    name: str
+    arrival: float
+    prompt: list[int]
+    output: int
+    after: str | None = None
+
+
+def items(options: argparse.Namespace, seed: int) -> list[Item]:
+    """Return the workload that a command line asks for."""
+    if options.workload == "turns":
+        return conversations(seed)
+    return single_turns(seed, options.requests, options.rate)
+
+
+def single_turns(seed: int, requests: int, rate: float) -> list[Item]:
     """Requests of 200 to 1000 prompt and 40 to 250 output tokens, Poisson arrivals."""
     rng = np.random.default_rng(seed)
     lengths = [
@@ -37,11 +70,11 @@ def conversations(seed: int, chats: int = 12, turns: int = 3, pause: float = 12.
         for _, prompt, output in _turns()
         if 60 <= prompt <= 300 and 30 <= output <= 100
     ]
-    items = []
+    turns_of_all = []
     for chat in range(chats):
         for turn in range(turns):
             prompt, output = lengths[rng.integers(0, len(lengths))]
-            items.append(
+            turns_of_all.append(
                 Item(
                     f"c{chat}t{turn}",
                     float(rng.uniform(0, chats)) if turn == 0 else float(rng.exponential(pause)),
@@ -50,7 +83,7 @@ def conversations(seed: int, chats: int = 12, turns: int = 3, pause: float = 12.
                     f"c{chat}t{turn - 1}" if turn else None,
                 )
             )
-    return items
+    return turns_of_all
 
 
 def _turns() -> list[tuple[int, int, int]]:
