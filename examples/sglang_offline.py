@@ -2,8 +2,9 @@
 
     python examples/sglang_offline.py MODEL ['{"page_size": 16, ...}']
 
-The second argument has more settings for SGLang's engine. Needs ``pip install 'kvswitch[sglang]'``. On a server the same is said by
-``--radix-cache-backend kvswitch --enable-priority-scheduling``; see docs/sglang.md.
+The second argument has more settings for SGLang's engine. Needs ``pip install 'kvswitch[sglang]'``.
+On a server the same is said by ``--radix-cache-backend kvswitch --enable-priority-scheduling``; see
+docs/sglang.md.
 """
 
 from __future__ import annotations
