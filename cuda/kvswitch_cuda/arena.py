@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import resource
 from contextlib import suppress
 from typing import Final
@@ -42,6 +43,9 @@ class PinnedArena(HostArena):
         except BaseException:
             context.close()
             raise
+        with suppress(OSError):
+            # A fork would copy what is pinned, all of it and at once.
+            self._memory.madvise(mmap.MADV_DONTFORK)
         self._context: Final = context
         self._registered: Final[list[int]] = []
         self.seams = tuple(range(self.address + _STEP, self.address + nbytes, _STEP))

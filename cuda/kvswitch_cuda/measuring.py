@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
 
@@ -27,6 +29,8 @@ COUNTS: Final = (1, 8, 64, 512)
 _QUICK: Final = 64 << 20, 2  # bytes of memory on either side, repetitions
 _THOROUGH: Final = 512 << 20, 7
 
+_log = logging.getLogger("kvswitch")
+
 
 def measure_quickly(context: Context) -> CopyTable:
     """The table that has been kept for this GPU; or one measured now, in a second or two.
@@ -40,7 +44,8 @@ def measure_quickly(context: Context) -> CopyTable:
     if kept is not None:
         return kept
     table = _measure(context, *_QUICK, lambda sample: None)
-    table.save()
+    if any(sample.way == Way.KERNEL for sample in table.samples):
+        table.save()  # else what was missing may be there next time
     return table
 
 
@@ -87,6 +92,21 @@ def _measure(
     on_sample: Callable[[Sample], object],
     thread_blocks: int = 8,
 ) -> CopyTable:
+    # In a thread that ends: a queue changes the context and the capture mode of who uses it.
+    with ThreadPoolExecutor(1, "kvswitch-measure") as thread:
+        samples = thread.submit(
+            _samples, context, nbytes, repetitions, on_sample, thread_blocks
+        ).result()
+    return CopyTable(gpu_of(context), context.driver.version, samples)
+
+
+def _samples(
+    context: Context,
+    nbytes: int,
+    repetitions: int,
+    on_sample: Callable[[Sample], object],
+    thread_blocks: int,
+) -> list[Sample]:
     samples: list[Sample] = []
     rng = np.random.default_rng(0)
     with _memory(context, nbytes) as (device, host):
@@ -118,7 +138,7 @@ def _measure(
                             on_sample(sample)
                 finally:
                     queue.close()
-    return CopyTable(gpu_of(context), context.driver.version, samples)
+    return samples
 
 
 def _time(queue: CudaQueue, pieces: Copies) -> float:
@@ -141,7 +161,8 @@ def _ways(context: Context) -> Iterator[tuple[Way, CopyKernel | None]]:
     yield Way.LOOP, None
     try:
         kernel = CopyKernel(context)
-    except CudaUnavailable:
+    except CudaUnavailable as error:
+        _log.warning("copies are measured without the kernel: %s", error)
         return
     try:
         yield Way.KERNEL, kernel

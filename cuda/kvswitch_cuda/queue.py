@@ -51,11 +51,11 @@ class CudaQueue:
         self._way: Final = way
         self._choices: Final = choices
         self._streams: Final[list[int]] = []
-        self._paces: Final[list[CudaEvent]] = []
+        self._paces: Final[list[int]] = []
         try:
             for _ in range(1 + paced):
                 self._streams.append(context.open_stream())
-                self._paces.append(CudaEvent(context))
+                self._paces.append(context.open_mark())
         except BaseException:
             self._release()
             raise
@@ -63,6 +63,7 @@ class CudaQueue:
         self._closed = False
         self._clock: Clock | None = None
         self._last: CudaEvent | None = None
+        self._waits = False  # something that was not recorded by this queue is waited for
         # What the driver reads by address.
         self._attributes: Final = attributes_of_stream_order()
         self._indices: Final = np.zeros(2, np.int64)
@@ -73,7 +74,7 @@ class CudaQueue:
         words = np.zeros(len(Slot) + 2, np.int64)
         words[Slot.PACED] = paced
         words[Slot.STREAM : Slot.STREAM + 1 + paced] = self._streams
-        words[Slot.PACE : Slot.PACE + 1 + paced] = [event.handle for event in self._paces]
+        words[Slot.PACE : Slot.PACE + 1 + paced] = self._paces
         words[Slot.ATTRIBUTES] = self._attributes.ctypes.data
         words[Slot.FIRST], words[Slot.FAILED] = self._indices.ctypes.data + np.arange(2) * 8
         words[Slot.FUNCTION] = 0 if kernel is None else kernel.function
@@ -113,18 +114,19 @@ class CudaQueue:
         """See `Queue.record`."""
         self._enter()
         marked = CudaEvent(self._context) if event is None else own_event(event)
-        if self._clock is None or (self._clock.old and (self._last is None or self._last.done())):
-            self._clock = Clock(self._context, self._tail)
+        clock = self._tick()
         self._check(self._driver.record(marked.handle, self._tail), "recording an event")
-        marked.recorded(self._clock)
-        self._last = marked
+        marked.recorded(clock)
+        self._last, self._waits = marked, False
         return marked
 
     def wait(self, event: Event) -> None:
         """See `Queue.wait`."""
         self._enter()
+        self._tick()
         code = self._driver.wait(self._tail, own_event(event).handle, 0)
         self._check(code, "waiting for an event")
+        self._waits = True
 
     def close(self) -> None:
         """Finish what was given, and free the streams. May be called again."""
@@ -133,10 +135,19 @@ class CudaQueue:
             self._release()
             self._clock = self._last = None
 
+    def _tick(self) -> Clock:
+        """Return a clock that is exact; an old one is renewed if that waits for nobody."""
+        if self._clock is None or (
+            self._clock.old and not self._waits and (self._last is None or self._last.done())
+        ):
+            self._clock = Clock(self._context, self._tail)
+        return self._clock
+
     def _release(self) -> None:
         for stream in self._streams:
             self._context.close_stream(stream)
-        self._paces.clear()
+        for pace in self._paces:
+            self._context.close_mark(pace)
 
     def _enter(self) -> None:
         """Prepare the calling thread, once."""

@@ -64,9 +64,9 @@ class CopyTable(msgspec.Struct, frozen=True):
 
     @property
     def window_bytes(self) -> int:
-        """A window that the slower direction moves in 80 us, in whole MiB."""
+        """A window that the slower direction moves in about 80 us, in whole MiB."""
         slower = min(self.bandwidth(direction) for direction in Direction)
-        return max(1, int(slower * _WINDOW_SECONDS) >> 20) << 20
+        return max(1, round(slower * _WINDOW_SECONDS / (1 << 20))) << 20
 
     def choices(self, direction: Direction) -> Choices:
         """The best way for each size and count that was measured."""

@@ -18,7 +18,12 @@ import numpy as np
 from kvswitch.errors import ConfigError, IntegrityError, InvalidTransition
 from kvswitch.scheduling.policies import FloatArray, IntArray, PriorityPolicy
 from kvswitch.scheduling.queues import RUNNING, SWAPPED, WAITING, Queues, RowNumbers, State
-from kvswitch.scheduling.target import NEVER, enough_for_another, exchange, take_greedily
+from kvswitch.scheduling.target import (
+    NEVER,
+    enough_for_another,
+    exchange,
+    take_beside_headroom,
+)
 
 __all__ = ["Decision", "PriorityScheduler"]
 
@@ -394,15 +399,14 @@ class PriorityScheduler:
         queues = self._queues
         order, running = queues.order()
         need = queues.blocks_needed[order]
-        # Nobody leaves for the headroom alone: of those that run, only who is below a newcomer
-        # must leave any.
-        margin = np.where(running, 0, self._headroom)
-        target = take_greedily(need, margin, capacity, self._slots)
-        incoming = np.flatnonzero(target & ~running)
-        if incoming.size:
-            below = running[incoming[0] :]
-            margin[incoming[0] :][below] = self._headroom // 2
-            target = take_greedily(need, margin, capacity, self._slots)
+        target, margin = take_beside_headroom(
+            need,
+            running,
+            headroom=self._headroom,
+            below=self._headroom // 2,
+            capacity=capacity,
+            slots=self._slots,
+        )
         self._enough = enough_for_another(target, need, margin, self._slots)
 
         newcomers = order[target & ~running]

@@ -14,6 +14,7 @@ __all__ = [
     "NEVER",
     "enough_for_another",
     "exchange",
+    "take_beside_headroom",
     "take_greedily",
 ]
 
@@ -51,6 +52,32 @@ def take_greedily(need: IntArray, margin: IntArray, capacity: int, slots: int) -
         left = left[count:]
         left = left[need[left] + margin[left] <= capacity - used]
     return taken
+
+
+def take_beside_headroom(
+    need: IntArray, running: BoolArray, *, headroom: int, below: int, capacity: int, slots: int
+) -> tuple[BoolArray, IntArray]:
+    """Mark who is to run, as `take_greedily` does; and the margin that was asked of each.
+
+    Nobody leaves for the headroom alone: of those that run, only who is below a newcomer must leave
+    some. Else one whose growth has used it up would give way to a less important, smaller one.
+
+    Parameters
+    ----------
+    need, capacity, slots
+        As for `take_greedily`.
+    running : BoolArray, shape [n]
+    headroom, below : int
+        Blocks that stay free beside a newcomer, and beside one that runs below a newcomer.
+    """
+    margin = np.where(running, 0, headroom)
+    target = take_greedily(need, margin, capacity, slots)
+    newcomers = np.flatnonzero(target & ~running)
+    if newcomers.size:
+        first = int(newcomers[0])
+        margin[first:][running[first:]] = below
+        target = take_greedily(need, margin, capacity, slots)
+    return target, margin
 
 
 def enough_for_another(target: BoolArray, need: IntArray, margin: IntArray, slots: int) -> int:

@@ -370,6 +370,8 @@ class EngineSwapManager(OrderList):
             wanted_by = {part.owner for part in out.parts if part.owner in self.copies}
             if wanted_by == {owner}:
                 self.cancel(out.transfer)
+            for part in out.parts:
+                part.last &= part.owner != owner  # another of that name may come
         for incoming in self._into.values():
             if incoming.owner == owner and incoming.transfer is not None:
                 self.cancel(incoming.transfer)
@@ -584,7 +586,11 @@ class EngineSwapManager(OrderList):
             self.copies.publish(owner, index, keys[index])
 
     def _retired(self, owner: Hashable) -> None:
-        if not any(part.owner == owner for out in self._out.values() for part in out.parts):
+        """Forget one that has ended, once nothing of it is under way any more."""
+        pending = [p for out in self._out.values() for p in out.parts if p.owner == owner]
+        for part in pending:
+            part.last = True
+        if not pending:
             self._forget(owner)
 
     def _forget(self, owner: Hashable) -> None:

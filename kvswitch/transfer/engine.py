@@ -25,7 +25,7 @@ from kvswitch.transfer.arena import HostArena
 from kvswitch.transfer.backend import Backend, Event
 from kvswitch.transfer.lane import Job, Lane, Ledger
 from kvswitch.transfer.layout import Layout
-from kvswitch.transfer.plan import check_runs
+from kvswitch.transfer.plan import count_blocks
 from kvswitch.transfer.ticket import Ticket
 
 __all__ = ["TransferEngine"]
@@ -135,8 +135,8 @@ class TransferEngine:
             exist, the engine is closed, or a thread of it has died. Nothing has changed then.
         """
         lane = self._lanes[transfer.direction]
-        runs, num_blocks = transfer.runs, transfer.num_blocks
-        check_runs(runs, lane.src, lane.dst)
+        runs = transfer.runs
+        num_blocks = count_blocks(runs, lane.src, lane.dst)
         if transfer.id < 0 or any(earlier >= transfer.id for earlier in transfer.after):
             raise TransferError(
                 f"transfer {transfer.id} (after {transfer.after}): ids start at 0, and a transfer "

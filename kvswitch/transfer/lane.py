@@ -3,14 +3,15 @@
     submit -> waiting -> place -> [may it begin?] -> lower ->  span, span, ...  -> end
               (FIFO)    (blocks)  `after`, conflicts       at most two in flight  (FIFO)
 
-A span is one window; or many, for a queue that lets others in between windows by itself.
+A span is one window; or many, for a queue that lets others in between windows by itself, but no
+more copies than a driver takes without making whoever else calls it wait.
 
 Jobs of a lane begin in order, run in order (the queue's) and end in order. So one number says which
 have ended, and waiting for the newest of some jobs is waiting for all of them.
 
 With nothing to dispatch, the dispatcher sleeps until the oldest span in flight has been copied. A
 job submitted during the very last window is therefore dispatched after it. Spans of many windows
-take too long for that: while one is in flight the dispatcher looks every now and then.
+take too long for that: while such a one is in flight the dispatcher looks every now and then.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from kvswitch.transfer.ticket import Ticket
 __all__ = ["Job", "Lane", "Ledger"]
 
 _LOOK: Final = 5e-4  # seconds between two looks at a long span
+_BRIEF: Final = 4  # windows that have been copied before it is worth a look
+_COPIES: Final = 8192  # of a span, if it has several windows
 _SPANS_IN_FLIGHT: Final = 2  # one being copied, one behind it so that the queue never runs dry
 
 BlockIndex = slice | npt.NDArray[np.intp] | BlockIds
@@ -228,7 +231,9 @@ class Lane:
         while ledger.dead is None:
             ledger.place()
             with ledger.lock:
-                while (job := self._next()) is None and not self._flying and not ledger.unplaced:
+                job = None
+                # In this order: what is placed meanwhile is no longer unplaced, but may begin.
+                while not ledger.unplaced and (job := self._next()) is None and not self._flying:
                     if ledger.dead is not None or (ledger.closed and not self._waiting):
                         return
                     self._wake.wait()
@@ -239,11 +244,15 @@ class Lane:
 
     def _landed(self) -> bool:
         """Whether the oldest span has been, or is to be, waited for; not while a job may begin."""
-        _, event, _ = self._flying[0]
+        job, event, nbytes = self._flying[0]
         assert event is not None
+        assert job.begin is not None
         if self._span == 1:
             return True
+        brief = nbytes <= _BRIEF * self._window_bytes
         while not event.done():
+            if brief and job.begin.done():
+                return True
             with self._ledger.lock:
                 if self._ledger.unplaced or self._may_begin() or self._ledger.dead is not None:
                     return False
@@ -290,8 +299,7 @@ class Lane:
 
     def _send(self, job: Job, copies: Copies) -> None:
         """Give the windows to the queue, as long as they are wanted."""
-        edges = [*copies.windows[: -1 : self._span].tolist(), len(copies.src)]
-        for start, stop in pairwise(edges):
+        for start, stop in pairwise(_spans(copies.windows, self._span)):
             while self._spans >= _SPANS_IN_FLIGHT:
                 self._reap()
             if self._dropped(job):
@@ -361,6 +369,17 @@ class Lane:
     def _wake_both(self) -> None:
         for lane in (self, self.other):
             lane._wake.notify()
+
+
+def _spans(windows: npt.NDArray[np.int64], most: int) -> list[int]:
+    """Edges of spans of up to `most` windows."""
+    edges = [0]
+    window, last = 0, len(windows) - 1
+    while window < last:
+        few = int(np.searchsorted(windows, edges[-1] + _COPIES, "right")) - 1
+        window = min(max(few, window + 1), window + most, last)
+        edges.append(int(windows[window]))
+    return edges
 
 
 def _blocks(runs: Runs, num_blocks: int) -> tuple[BlockIndex, BlockIndex]:

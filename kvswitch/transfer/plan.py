@@ -75,25 +75,28 @@ def coalesce(src_ids: BlockIds, dst_ids: BlockIds) -> Runs:
     return _merge(runs)
 
 
-def check_runs(runs: Runs, src: Layout, dst: Layout) -> None:
-    """TransferError unless `runs` is int32 [n, 3] and all its blocks exist on both sides."""
+def count_blocks(runs: Runs, src: Layout, dst: Layout) -> int:
+    """Blocks of `runs`; TransferError unless it is int32 [n, 3] and all exist on both sides."""
     if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.int32:
         raise TransferError(f"runs must be int32 [n, 3], not {runs.dtype} {list(runs.shape)}")
     if not len(runs):
-        return
+        return 0
     unsigned = runs.view(np.uint32)  # in which what is negative is larger than any other
-    highest = [int(unsigned[:, column].max()) for column in range(3)]
-    if max(highest) > _LARGEST or runs[:, 2].min() < 1:
+    blocks = np.ascontiguousarray(unsigned[:, 2])
+    longest = int(blocks.max())
+    highest = [int(unsigned[:, side].max()) for side in range(2)]
+    if max(*highest, longest) > _LARGEST or not blocks.all():
         raise TransferError("runs must have block ids >= 0 and at least one block each")
     for side, layout in enumerate((src, dst)):
-        if highest[side] + highest[2] <= layout.num_blocks:
+        if highest[side] + longest <= layout.num_blocks:
             continue
-        last = int(np.add(runs[:, side], runs[:, 2], dtype=np.int64).max()) - 1
+        last = int(np.add(runs[:, side], blocks, dtype=np.int64).max()) - 1
         if last >= layout.num_blocks:
             raise TransferError(
                 f"{'destination' if side else 'source'} block {last} does not exist: "
                 f"there are {layout.num_blocks}"
             )
+    return len(runs) if longest == 1 else int(blocks.sum())
 
 
 def lower(
@@ -131,7 +134,7 @@ def lower(
         raise ConfigError("source and destination layouts differ in regions or bytes per block")
     if window_bytes < 1:
         raise ConfigError(f"window_bytes must be at least 1, not {window_bytes}")
-    check_runs(runs, src, dst)
+    count_blocks(runs, src, dst)
     if coalesce:
         runs = _merge(runs)
     if not (coalesce and src.dense and dst.dense):

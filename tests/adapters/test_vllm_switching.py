@@ -69,6 +69,19 @@ def test_headroom_stays_free() -> None:
     assert decide(requests, room=8, headroom=4) == []
 
 
+def test_nobody_gives_way_for_headroom_to_a_less_important_smaller_one() -> None:
+    requests = [(0, 50, True), (1, 42, True), (7, 1, True), (3, 20, False)]
+    assert decide(requests, room=3, headroom=5) == []
+    assert decide(requests, room=30, headroom=5) == []
+
+
+def test_who_takes_all_gets_it_once_nobody_is_protected() -> None:
+    # Beside others vLLM would ask for the headroom, too.
+    requests = [(0, 8, False), (1, 4, True), (2, 4, True)]
+    assert decide(requests, room=0, headroom=2) == [2, 1]
+    assert decide(requests, room=0, headroom=2, protected=1) == []
+
+
 def test_settings_are_checked() -> None:
     assert Settings.from_mapping({"host_memory": "1GiB", "quantum": 2}).quantum == 2
     with pytest.raises(ConfigError, match="did you mean 'epoch'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,13 +247,18 @@ def test_a_thread_that_is_not_relaxed_would_spoil_it(fake_cuda: Any) -> None:
 # The engine's own thread
 
 
-def test_the_callers_context_stays_what_it_was(fake_cuda: Any) -> None:
+@pytest.mark.parametrize("copies", ["batch", "auto"])
+def test_the_callers_context_stays_what_it_was(
+    copies: str, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from kvswitch_cuda import CudaBackend
     from kvswitch_cuda.driver import Driver
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing has been measured
     driver = Driver.load()
-    one, other = (CudaBackend(i, copies="batch") for i in range(2))
     outside = int(driver("cuCtxGetCurrent"))
+    one, other = (CudaBackend(i, copies=copies) for i in range(2))
+    assert int(driver("cuCtxGetCurrent")) == outside
     with one.context:
         before = int(driver("cuCtxGetCurrent"))
         other.hold(1, other.fence(1))

@@ -86,3 +86,24 @@ def test_the_other_direction_is_not_in_its_way(fake_cuda: Any) -> None:
     scene.engine.submit = lambda t: swap(Transfer(t.id, OUT, t.runs))  # type: ignore[method-assign]
     assert scene.probe() < 8
     scene.close()
+
+
+def test_a_transfer_is_dispatched_before_the_compute_that_it_waits_for_has_ended(
+    fake_cuda: Any,
+) -> None:
+    scene = Scene(fake_cuda, OUT, WINDOW)
+    source, target = scene._small[1], scene._small[0]
+    with scene.backend.context as context:
+        for _ in range(600):  # each takes more than a millisecond
+            assert context.driver.copy(target.address, source.address, 4096, scene.stream) == 0
+    fence = scene.backend.fence(scene.stream)
+    before = fake_cuda.calls("cuMemcpyBatchAsync")
+    ticket = scene.engine.submit(Transfer(0, OUT, np.array([[0, 0, 1]], np.int32)), fence=fence)
+    end = time.monotonic() + PATIENCE
+    while fake_cuda.calls("cuMemcpyBatchAsync") == before:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    assert not fence.done()
+    ticket.wait(PATIENCE)
+    assert fence.done()
+    scene.close()

@@ -72,7 +72,7 @@ def test_windows_in_the_middle_of_a_transfer_are_looked_at_alone() -> None:
 
 
 def test_a_window_is_what_the_slower_direction_moves_in_80_us() -> None:
-    assert table(RATES).window_bytes == 3 << 20  # 50 GB/s: 3.8 MiB
+    assert table(RATES).window_bytes == 4 << 20  # 50 GB/s: 3.8 MiB
     slow = table({(Way.BATCH, 4096, 1): 5.0})
     assert slow.window_bytes == 1 << 20
 

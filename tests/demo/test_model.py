@@ -269,24 +269,3 @@ def test_what_cannot_be_processed_is_refused_before_anything_is_written(
 def test_a_cache_without_room_is_refused(llama: Llama, shape: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="blocks"):
         llama.new_cache(*shape)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_same_logits_but_for_rounding() -> None:
-    tokens = tokens_of(150)
-    weights = Weights.random(CONFIG)
-    layers = [
-        replace(layer, **{name: tensor.cuda() for name, tensor in vars(layer).items()})
-        for layer in weights.layers
-    ]
-    on_device = replace(
-        weights,
-        embedding=weights.embedding.cuda(),
-        layers=layers,
-        output_norm=weights.output_norm.cuda(),
-        output=weights.output.cuda() if weights.output is not None else None,
-    )
-    logits = at_once(Llama(CONFIG, on_device), tokens)
-    expected = naive_logits(CONFIG, weights, tokens)
-    torch.testing.assert_close(logits.cpu().double(), expected, atol=1e-3, rtol=1e-3)

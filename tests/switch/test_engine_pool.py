@@ -197,6 +197,38 @@ def two_leave(world: World) -> None:
     assert [transfer.num_blocks for transfer in world.orders().transfers] == [3, 1]
 
 
+def test_who_has_ended_is_forgotten_when_an_older_copy_of_it_has_ended() -> None:
+    world = World()
+    blocks = world.pool.take(3)
+    keys = ["k0", "k1", "k2"]
+    world.write(blocks, "a", keys)
+    world.planner.swap_out("a", 12, blocks, keys=keys)
+    world.orders()  # under way; meanwhile it is back, and ends
+    world.planner.retire("a", 12, blocks, keys)
+    world.planner.send_ended("a")
+    world.pool.release(blocks)
+    world.rest()
+    assert "a" not in world.planner.copies
+    assert world.planner.reach("b", keys) == 12
+
+
+def test_another_of_a_name_is_not_forgotten_with_the_first() -> None:
+    world = World()
+    blocks = world.pool.take(3)
+    keys = ["k0", "k1", "k2"]
+    world.write(blocks, "a", keys)
+    world.planner.swap_out("a", 12, blocks, keys=keys, last=True)
+    world.pool.release(blocks)
+    world.orders()
+    world.planner.drop("a")
+    assert world.planner.reach("a") == 0
+    more = world.pool.take(2)
+    world.write(more, "other")
+    leave(world, "a", more)
+    world.rest()
+    assert world.planner.reach("a") == 8
+
+
 def test_what_two_have_in_common_goes_out_once() -> None:
     world = World()
     two_leave(world)

@@ -12,6 +12,7 @@ as if it had been retracted, without copies, once that forward's result has been
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,7 @@ class Control:
         """Take note of the requests of a new prefill batch."""
         for req in batch.reqs:
             owner = owner_of(req)
+            req.kvswitch_had = len(req.output_ids)
             self._priorities.entered(owner)
             self._switching.resumed(owner, req.prefix_len)
 
@@ -152,6 +154,17 @@ class Control:
         Nobody is preempted if it would not fit then either, as far as can be told beforehand: what
         they share with each other is counted for each of them.
         """
+        started, other = perf_counter(), self._switching.overhead
+        # What the tree has of it must not be counted as memory that can be had.
+        lock = nullcontext() if req.last_node is None else adder._lock_node(req.last_node)
+        try:
+            with lock:
+                return self._make_room(adder, req)
+        finally:
+            inside = self._switching.overhead - other
+            self._switching.add_overhead(perf_counter() - started - inside)
+
+    def _make_room(self, adder: Any, req: Any) -> bool:
         from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
         batch = adder.running_batch
@@ -198,7 +211,10 @@ class Control:
             for r in adder.running_batch.reqs
             if signed(r.priority) < least
             and not r.finished()
+            and not r.next_output_finishes_by_length()
             and r.kv.holds_kv
+            # With overlap its first token may be under way and would be lost: no progress, ever.
+            and len(r.output_ids) > getattr(r, "kvswitch_had", -1)
             and not self._priorities.protected(owner_of(r))
         ]
         found.sort(key=lambda r: (signed(r.priority), -r.time_stats.wait_queue_entry_time))
@@ -358,8 +374,10 @@ def _around_admission(original: Any, self: Any, req: Any, *args: Any, **kwargs: 
 
 
 def _around_preemption(original: Any, self: Any, req: Any) -> Any:
-    control = _control(self.tree_cache)
-    return original(self, req) if control is None else control.make_room(self, req)
+    if (control := _control(self.tree_cache)) is None:
+        return original(self, req)
+    req.init_next_round_input(self.tree_cache)  # what it shares it does not need
+    return control.make_room(self, req)
 
 
 def _preempts() -> bool:

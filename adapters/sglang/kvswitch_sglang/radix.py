@@ -151,11 +151,11 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         promised = params.host_hit_length
         if promised <= 0:
             return 0, req.last_node
-        started = perf_counter()
         owner, first, size = owner_of(req), req.prefix_len, self.page_size
         tokens = first + promised
         count = -(-tokens // size) - first // size
         evict_from_tree_cache(self, count * size)
+        started = perf_counter()
         keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // size)
         pages = None
         # Evicting may have taken copies: what has ended is sent before its pages go.
@@ -242,8 +242,8 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         started = perf_counter()
         owner = owner_of(req)
         self._allocator.pages.forget(owner)
-        if req.finished():
-            if checkpointed and self._switchable(req):
+        if req.finished() or req.to_finish is not None:  # the latter: aborted for want of memory
+            if req.finished() and checkpointed and self._switchable(req):
                 tokens = req.kv.cache_protected_len
                 keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // self.page_size)
                 switching.ended(owner, self._row(req, tokens), keys)

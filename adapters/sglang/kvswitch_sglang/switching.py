@@ -103,6 +103,7 @@ class Switching:
         self._overhead = 0.0
         self._began = 0.0
         self._stalled = 0.0  # in the present forward
+        self._seconds: float | None = None  # that the last forward took besides
         pages.holder = self
 
     # -- admission ---------------------------------------------------------------------------------
@@ -224,8 +225,14 @@ class Switching:
         started = perf_counter()
         self._submit()
         self._overhead += perf_counter() - started
-        self._stalled = self._worker.wait()
-        self._began = perf_counter()
+        waited = self._worker.wait()
+        self._stall += waited
+        began = perf_counter()
+        if self._stream is not None:
+            # Forwards are only launched here: the last one has taken until now.
+            past = began - self._began - self._stalled - waited
+            self._seconds = past if self._began else None
+        self._began, self._stalled = began, 0.0
 
     def _submit(self) -> None:
         if not self.planner.busy:
@@ -248,23 +255,23 @@ class Switching:
         tuple of Hashable
             Owners whose tokens did not arrive: what the forward has made of them means nothing.
         """
-        now = perf_counter()
-        seconds = now - self._began - self._stalled
+        if self._stream is None:
+            self._seconds = perf_counter() - self._began - self._stalled
         if self._loads:
             # A forward that did not ask for some layer in Python goes no further without it.
             self._stalled += self._worker.wait_regions(self._loads, _REGIONS * self._layers)
             self._engine.wait(self._loads)
             self._loads = ()
         self._stall += self._stalled
-        self._stalled = 0.0
         started = perf_counter()
-        self._observe(seconds)
+        self._observe(self._seconds)
         lost, self._lost = self._lost, ()
         self._overhead += perf_counter() - started
         return lost
 
     def tick(self) -> None:
         """Go on while there is nothing to run."""
+        self._began = 0.0
         if self.planner.busy:
             self._submit()
             self._observe(None)
@@ -277,6 +284,11 @@ class Switching:
         self._lost += self.planner.observe(self._reports.reduce(report, under_way))
 
     # -- reports -----------------------------------------------------------------------------------
+
+    @property
+    def overhead(self) -> float:
+        """Seconds spent inside kvswitch so far."""
+        return self._overhead
 
     def add_overhead(self, seconds: float) -> None:
         """Count time spent inside kvswitch elsewhere."""

@@ -67,8 +67,7 @@ class GroupQueue:
             return []
         if n > self.num_free_blocks:
             raise OutOfBlocks(f"{n} blocks asked for, {self.num_free_blocks} are free")
-        if self._taken:
-            self._flush()
+        self.settle()
         owner = _OUTSIDE if self.request is None else self.request
         groups = self._groups
         size = groups.size(owner) if owner in groups else 0
@@ -102,14 +101,16 @@ class GroupQueue:
     def _free(self, blocks: Sequence[Any], *, cached: bool) -> None:
         if not blocks:
             return
-        if self._taken:
-            self._flush()
+        self.settle()
         # The tail of a table comes first here, and last there.
         ids = np.fromiter((block.block_id for block in reversed(blocks)), np.int32, len(blocks))
         self._groups.release(ids, cached=cached)
         self.num_free_blocks += len(blocks)
 
-    def _flush(self) -> None:
+    def settle(self) -> None:
+        """Book what has been hit since to the present request, or to nobody in particular."""
+        if not self._taken:
+            return
         ids = np.array(self._taken, np.int32)
         self._taken.clear()
         owner = _OUTSIDE if self.request is None else self.request
@@ -125,14 +126,12 @@ class GroupQueue:
     def forget_request(self, request: Hashable) -> None:
         """A request has ended, or was preempted: room reserved for its growth is free again."""
         if request in self._groups:
-            if self._taken:
-                self._flush()
+            self.settle()
             self._groups.detach(request)
 
     def get_all_free_blocks(self) -> list[Any]:
         """All free blocks, in no particular order."""
-        if self._taken:
-            self._flush()
+        self.settle()
         every = np.arange(len(self._blocks), dtype=np.int32)
         return [self._blocks[i] for i in every[self._groups.references(every) == 0].tolist()]
 
@@ -213,6 +212,8 @@ class VllmPool:
         """Add a reference to each block."""
         every = self._pool.blocks
         self._pool.touch([every[block] for block in blocks])
+        if isinstance(queue := self._pool.free_block_queue, GroupQueue):
+            queue.settle()  # not to the next request that takes some
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take a reference from each; those without any are free, the tail to be used first."""

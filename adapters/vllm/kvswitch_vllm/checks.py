@@ -97,6 +97,8 @@ def check_cache(vllm_config: Any, kv_cache_config: Any) -> int:
     ConfigError
         It says what of the model is not supported.
     """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ConfigError(
@@ -110,6 +112,11 @@ def check_cache(vllm_config: Any, kv_cache_config: Any) -> int:
             "vLLM zeroes them before a swap-out may have read them"
         )
     spec = groups[0].kv_cache_spec
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
+        raise ConfigError(
+            f"kvswitch works with full attention (MLA included), not with {type(spec).__name__}: "
+            "vLLM gives blocks up that its sliding window has passed"
+        )
     hashed = getattr(kv_cache_config, "hash_block_size", None) or spec.block_size
     if hashed != spec.block_size:
         raise ConfigError(

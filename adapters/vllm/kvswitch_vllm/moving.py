@@ -15,6 +15,8 @@ from kvswitch_vllm.wire import Load, StepOrders, WorkerReports
 
 __all__ = ["Moving", "cache_layout"]
 
+_KEPT = 4096  # failed swap-outs that are remembered
+
 
 class Moving:
     """Carries out the orders on one rank.
@@ -93,8 +95,10 @@ class Moving:
             elif load.request is not None:
                 self._received.add(load.request)
             del self._sources[transfer]
-        if not self._loads:
-            self._failed.clear()
+        if len(self._failed) > _KEPT:
+            # A load may name a failed swap-out until the scheduler's half has heard of it from all
+            # ranks; by then some more may have failed, but not thousands.
+            self._failed = set(sorted(self._failed)[-_KEPT // 2 :])
         if report.completed or report.failed or self._stall:
             self._reports.append((self._rank, encode(report), self._stall))
             self._stall = 0.0

@@ -115,10 +115,12 @@ class Planning:
         reset = manager.reset_prefix_cache
 
         def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
-            self.reset()
+            self.planner.give_way(self.planner.held_blocks)
             done = reset(*args, **kwargs)
-            if done and self.groups is not None:
-                self.groups.forget_content()
+            if done:  # else all is as it was, in vLLM's cache too
+                self.reset()
+                if self.groups is not None:
+                    self.groups.forget_content()
             return done
 
         manager.reset_prefix_cache = reset_prefix_cache
@@ -301,6 +303,7 @@ class Planning:
 
     def arrived(self, request: Any) -> None:
         """A new request: in connector-only mode its token hashes are looked up later."""
+        self.planner.drop(request.request_id)  # another of that name, which has ended
         if self._scheduler is None:
             self._keys[request.request_id] = request
 
@@ -314,6 +317,10 @@ class Planning:
             self.planner.observe(self._ranks.merged())
         if output.finished_recving:
             self.loading -= output.finished_recving
+        if self._tables and (bad := output.invalid_block_ids):
+            for name, (ids, tokens) in self._tables.items():
+                first = next((i for i, block in enumerate(ids) if block in bad), len(ids))
+                self._tables[name] = (ids, min(tokens, first * self.block_tokens))
 
     # -- reports ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ their quantum. Everything else is vLLM's scheduler, synchronous or asynchronous.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import inspect
 import time
@@ -50,6 +51,8 @@ class SwitchMixin(_Scheduler):
         self._headroom = int(getattr(self.kv_cache_manager, "watermark_blocks", 0))
         self._scheduling = False
         self._in_before: set[str] = set()
+        manager = self.kv_cache_manager
+        manager.allocate_slots = _landed_without_headroom(manager.allocate_slots)
 
     # -- what vLLM calls -------------------------------------------------------------------------
 
@@ -65,10 +68,16 @@ class SwitchMixin(_Scheduler):
         self._begin_iteration()
         self._planning.overhead_seconds += perf_counter() - started
         self._scheduling = True
+        # Loads have slots that vLLM does not know of; it would ask all that wait, one by one.
+        slots = getattr(self, "max_num_active_reqs", None)
+        if slots is not None:
+            self.max_num_active_reqs = slots - len(self._planning.loading)
         try:
             return super().schedule(*args, **kwargs)
         finally:
             self._scheduling = False
+            if slots is not None:
+                self.max_num_active_reqs = slots
 
     def _begin_iteration(self) -> None:
         for request in self.running:
@@ -132,15 +141,20 @@ class SwitchMixin(_Scheduler):
         running = self.running
         if not running or not isinstance(self.waiting, PriorityRequestQueue):
             return
+        if getattr(getattr(self, "_pause_state", None), "name", "UNPAUSED") != "UNPAUSED":
+            return  # nobody who waits is admitted
         head = self.waiting.peek_request()
         lowest = max(request.priority for request in running)
         if head.priority >= lowest:
             return
         # Who has blocks already, loaded or being loaded, comes before all others.
         landing = len(getattr(self, "kv_holding_waiting", ()))
-        slots = self.max_num_running_reqs - self._streaming() - landing
-        room = self._room()
-        if len(running) < slots and self._need(head) + self._headroom <= room:
+        slots = self._slots() - self._streaming() - landing
+        reserved = int(self._inflight_prefill_reserved_blocks())
+        room = self._room() - reserved
+        taken = self._headroom + reserved - self._planning.pool.free_blocks
+        if len(running) < slots and (need := self._need(head)) + self._headroom <= room:
+            self._planning.planner.give_way(need + taken)
             return  # vLLM admits it; the next one is looked at in the next iteration
         protected = self._priorities.protected
         if all(map(protected, running)):
@@ -173,34 +187,43 @@ class SwitchMixin(_Scheduler):
             # Its next batch is to be told all of its tokens anew.
             self.prev_step_scheduled_req_ids.discard(request.request_id)
         if leaving:
-            short = blocks + self._headroom - self._planning.pool.free_blocks
-            self._planning.planner.give_way(short)
+            taken = self._headroom + reserved - self._planning.pool.free_blocks
+            self._planning.planner.give_way(blocks + taken)
 
     def slots_are_taken(self) -> bool:
         """Whether requests that run or are being loaded have all slots."""
         taken = len(self.running) + len(self._planning.loading)
-        return taken + self._streaming() >= int(self.max_num_running_reqs)
+        return taken + self._streaming() >= self._slots()
+
+    def _slots(self) -> int:
+        most = int(self.max_num_running_reqs)
+        if self._scheduling:
+            return most  # `schedule` has lowered the other one
+        return min(most, getattr(self, "max_num_active_reqs", most))
 
     def _streaming(self) -> int:
         return int(getattr(self, "num_waiting_for_streaming_input", 0))
 
     def _room(self) -> int:
         """Blocks that are free, or will be without preempting anybody."""
-        deferred = sum(len(blocks) for _, blocks in getattr(self, "deferred_frees", ()))
-        held = self._planning.planner.held_blocks
-        reserved = self._inflight_prefill_reserved_blocks()
-        return int(self._planning.pool.free_blocks) + held + deferred - int(reserved)
+        deferred = sum(  # those that are read by a swap-out, too, are among the held ones
+            block.ref_cnt == 1
+            for _, blocks in getattr(self, "deferred_frees", ())
+            for block in blocks
+        )
+        return int(self._planning.pool.free_blocks) + self._planning.planner.held_blocks + deferred
 
     def _need(self, request: Any) -> int:
         """Blocks that a waiting request needs of those that are free."""
         blocks = -(-(request.num_tokens + 1) // self.block_size)
         if self.cache_config.enable_prefix_caching and not request.skip_reading_prefix_cache:
             pool = self.kv_cache_manager.block_pool
+            held = set(self._planning.planner.holds())
             for key in request.block_hashes:
                 found = pool.get_cached_block(key, [0])
                 if found is None:
                     break
-                blocks -= found[0].ref_cnt > 0  # shared with somebody who runs
+                blocks -= found[0].ref_cnt > (found[0].block_id in held)  # somebody runs with it
         return max(int(blocks), 1)
 
     def _held(self, request: Any) -> int:
@@ -223,6 +246,22 @@ class SwitchMixin(_Scheduler):
             have = len(self.kv_cache_manager.get_blocks(request.request_id).blocks[0])
             need += max(0, -(-tokens // self.block_size) - have)
         planner.give_way(need - free)
+
+
+def _landed_without_headroom(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """Let those whose load has landed run on: they were admitted beside the headroom once.
+
+    vLLM would ask for it again, and admit nobody else before.
+    """
+
+    @functools.wraps(allocate)
+    def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        if waits and request.num_computed_tokens and "has_scheduled_reqs" in kwargs:
+            kwargs["has_scheduled_reqs"] = False
+        return allocate(request, *args, **kwargs)
+
+    return allocate_slots
 
 
 class SwitchScheduler(SwitchMixin, Scheduler):

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvswitch.scheduling.target import exchange, take_greedily
+from kvswitch.scheduling.target import exchange, take_beside_headroom
 
 __all__ = ["Candidates", "choose"]
 
@@ -60,9 +60,10 @@ def choose(them: Candidates, *, room: int, slots: int, headroom: int) -> tuple[l
     order = np.lexsort((them.arrival, ~them.running, them.priority))
     running = them.running[order]
     blocks = them.blocks[order]
-    # vLLM admits nobody into the headroom while others run, not even the first.
-    capacity = room + int(blocks[running].sum()) - headroom
-    target = take_greedily(blocks, np.zeros(len(order), np.int64), capacity, slots)
+    capacity = room + int(blocks[running].sum())
+    target, _ = take_beside_headroom(
+        blocks, running, headroom=headroom, below=headroom, capacity=capacity, slots=slots
+    )
     # vLLM admits from the top, and stops at the first that does not fit.
     waiting = np.flatnonzero(~running)
     fits = target[waiting]
@@ -71,9 +72,12 @@ def choose(them: Candidates, *, room: int, slots: int, headroom: int) -> tuple[l
     ins, outs = exchange(
         blocks[newcomers],
         blocks[victims],
+        # vLLM admits nobody into the headroom while others run, not even the first.
         room=room - headroom,
         places=slots - int(running.sum()),
     )
     if not ins:
-        return [], 0
+        if not newcomers.size or victims.size < running.sum():
+            return [], 0
+        ins, outs = 1, victims.size  # alone it fits
     return order[victims[:outs]].tolist(), int(blocks[newcomers[:ins]].sum())

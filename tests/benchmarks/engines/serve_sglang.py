@@ -17,17 +17,21 @@ from harness import Server
 
 __all__ = ["Server", "serve"]
 
+_PATIENCE = 2000  # passes without a new token
+
 
 def serve(server: Server, items: Sequence[Item]) -> Outcome:
     """Serve `items` as they come."""
     for length in (600, 1):  # what is compiled or allocated once is not measured
         server.run([server.submit(f"warm{length}", [7] * length, 4, priority=0)])
     server.scheduler.flush_cache()
+    counted = _counters(server)
     outcome = Outcome()
     waiting = sorted((i for i in items if i.after is None), key=lambda item: item.arrival)
     followers = {item.after: item for item in items if item.after is not None}
     prompts: dict[str, list[int]] = {}
     live: dict[str, Any] = {}
+    idle = 0  # passes without a new token
     last = start = time.perf_counter()
     while waiting or live:
         now = time.perf_counter() - start
@@ -40,13 +44,18 @@ def serve(server: Server, items: Sequence[Item]) -> Outcome:
             live[item.name] = server.submit(item.name, prompts[item.name], item.output, priority=0)
         if not live:
             time.sleep(0.001)
+            last = time.perf_counter()
             continue
         server.step()
+        idle += 1
+        if idle > _PATIENCE:
+            raise RuntimeError(f"{len(live)} requests do not get on: {sorted(live)}")
         now = time.perf_counter()
         outcome.inversion += (now - last) * _inverted(list(live.values()))
         last = now
         for name, request in list(live.items()):
             new = len(request.output_ids) - len(outcome.times[name])
+            idle = 0 if new > 0 else idle
             outcome.times[name] += [now - start] * new
             if request.finished():
                 outcome.tokens[name] = list(request.output_ids)
@@ -57,12 +66,17 @@ def serve(server: Server, items: Sequence[Item]) -> Outcome:
                     waiting.append(Item(**{**vars(follower), "arrival": arrival}))
                     waiting.sort(key=lambda item: item.arrival)
     outcome.seconds = time.perf_counter() - start
-    if getattr(server.cache, "switching", None) is not None:
-        outcome.counters = asdict(server.switching.stats())
+    outcome.counters = {name: n - counted[name] for name, n in _counters(server).items()}
     return outcome
+
+
+def _counters(server: Server) -> dict[str, float]:
+    switching = getattr(server.cache, "switching", None)
+    return {} if switching is None else asdict(switching.stats())
 
 
 def _inverted(requests: Sequence[Any]) -> int:
     """How many wait who are more important than one that runs."""
     lowest = min((r.priority or 0 for r in requests if r.kv.holds_kv), default=float("inf"))
-    return sum(not r.kv.holds_kv and (r.priority or 0) > lowest for r in requests)
+    waiting = (r for r in requests if not r.kv.holds_kv and not r.finished())
+    return sum((r.priority or 0) > lowest for r in waiting)

@@ -75,6 +75,7 @@ def serve(llm: Any, items: Sequence[Item]) -> Outcome:
             )
         if not engine.has_unfinished_requests():
             time.sleep(0.001)
+            last = time.perf_counter()
             continue
         outputs = engine.step()
         now = time.perf_counter()

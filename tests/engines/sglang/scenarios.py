@@ -227,6 +227,29 @@ def preemption_for_memory() -> dict[str, Any]:
     }
 
 
+def preemption_with_a_prefix() -> dict[str, Any]:
+    """What the tree has of an important request is not memory that it can have."""
+    server = Server(
+        TINY,
+        max_total_tokens=640,
+        max_running_requests=16,
+        enable_priority_scheduling=True,
+    )
+    prefix = prompts(1, 3, 256, 257)[0]
+    server.run([server.submit("before", prefix, 2, priority=1)])
+    low = [server.submit(f"low{i}", p, 90, priority=1) for i, p in enumerate(prompts(3, 2))]
+    for _ in range(12):
+        server.step()
+    high = server.submit("high", prefix, 60, priority=50)
+    for _ in range(3):
+        server.step()
+    found = {"in": high.kv.holds_kv, "gone": sum(r.retraction_count for r in low)}
+    server.run([*low, high])
+    server.check_idle()
+    server.close()
+    return found
+
+
 def turns(page_size: int) -> dict[str, Any]:
     """The next turn finds the last one on the host, and another request its prefix."""
     server = Server(TINY, page_size=page_size)

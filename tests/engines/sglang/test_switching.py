@@ -74,6 +74,12 @@ def test_who_is_important_takes_memory_from_others(scenario: Scenario) -> None:
     assert found["recomputed"] == 0
 
 
+def test_who_shares_a_prefix_with_the_tree_takes_memory_too(scenario: Scenario) -> None:
+    found = scenario("preemption_with_a_prefix", config={**MEMORY, "epoch": 4, "quantum": 0})
+    assert found["in"]
+    assert found["gone"] >= 1
+
+
 @pytest.mark.parametrize("page_size", [16, pytest.param(1, marks=slow)])
 def test_the_next_turn_finds_the_last_one_on_the_host(scenario: Scenario, page_size: int) -> None:
     found = scenario("turns", config=MEMORY, page_size=page_size)

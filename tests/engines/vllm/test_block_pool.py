@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvswitch_vllm.block_pool import GroupQueue, install_groups
+from kvswitch_vllm.block_pool import GroupQueue, VllmPool, install_groups
 from kvswitch_vllm.planning import CACHE_SHARE
 
 with warnings.catch_warnings():
@@ -176,6 +176,24 @@ def test_hit_in_room_reserved_for_another() -> None:
     found, hits, *_ = manager.get_computed_blocks(again)
     assert hits
     manager.allocate_slots(again, 10, num_new_computed_tokens=hits, new_computed_blocks=found)
+    manager.groups.check_integrity()
+
+
+def test_what_a_copy_holds_is_booked_to_nobody() -> None:
+    manager = make_manager(64)
+    ended, other = (make_request(name, [i] * 3 * TOKENS) for i, name in enumerate("ab"))
+    for request in (ended, other):
+        manager.allocate_slots(request, request.num_tokens)
+        request.num_computed_tokens = request.num_tokens
+    (ids,) = manager.get_block_ids("a")
+    manager.free(ended)
+    pool = VllmPool(manager.block_pool)
+    assert pool.keep(ids, ended.block_hashes) == 3
+    other.append_output_token_ids([9] * TOKENS)
+    manager.allocate_slots(other, TOKENS)
+    (mine,) = manager.get_block_ids("b")
+    assert manager.groups._groups.table("b").tolist() == mine
+    pool.release(ids)
     manager.groups.check_integrity()
 
 

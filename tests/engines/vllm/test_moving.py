@@ -104,6 +104,23 @@ def test_load_of_what_failed_to_leave_has_failed(
     worker.close()
 
 
+def test_a_swap_out_that_failed_before_its_load_came_is_remembered(
+    caches: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler's half plans ahead: it may not have heard of the failure yet."""
+    monkeypatch.setattr(moving, "make_backend", lambda *_, **__: NothingGoesOut())
+    worker = make(caches)
+    out, load = out_and_in()
+    worker.before_forward(StepOrders(orders(out)))
+    worker._engine.drain()
+    worker.after_forward()
+    assert worker.take_reports() is not None
+    worker.before_forward(StepOrders(orders(load), {1: Load("a", (5, 6))}))
+    assert finish(worker) == {"a"}
+    assert worker.take_bad_blocks() == {5, 6}
+    worker.close()
+
+
 def test_lost_load_is_reported_as_failed(worker: Moving) -> None:
     worker.before_forward(StepOrders(None, {}, (Load("a", (3,)),)))
     assert worker.after_forward() == {"a"}

@@ -65,8 +65,12 @@ def test_combinations_are_refused(arguments: dict[str, Any], says: str) -> None:
         engine_config(kv_transfer_config=transfer_config({}), **arguments)
 
 
-def cache(groups: int = 1, **more: Any) -> Any:
-    spec = SimpleNamespace(block_size=32, page_size_bytes=64)
+def cache(groups: int = 1, *, window: bool = False, **more: Any) -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    size = {"block_size": 32, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+    spec = SlidingWindowSpec(**size, sliding_window=64) if window else FullAttentionSpec(**size)
     return SimpleNamespace(
         kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups,
         kv_cache_tensors=[SimpleNamespace(layers=["a", "b"])],
@@ -80,6 +84,7 @@ def cache(groups: int = 1, **more: Any) -> Any:
         (cache(2), "hybrid KV caches"),
         (cache(needs_kv_cache_zeroing=True), "must be zeroed"),
         (cache(hash_block_size=16), "parts of blocks"),
+        (cache(window=True), "not with SlidingWindowSpec"),
     ],
 )
 def test_caches_are_refused(config: Any, says: str) -> None:
@@ -88,7 +93,7 @@ def test_caches_are_refused(config: Any, says: str) -> None:
 
 
 def test_block_bytes_are_those_of_all_layers() -> None:
-    assert checks.check_cache(None, cache()) == 128
+    assert checks.check_cache(None, cache()) == 2 * (2 * 32 * 2 * 8 * 4)
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.34.0", "1.0"])
