@@ -129,7 +129,8 @@ class Context:
         """Give an event back. What waits for it goes on waiting for what it was then."""
         if self._idle is not None:
             self._idle.append(handle)
-        # Else its context may be gone, and with it all events, or be another one by now.
+        else:
+            self._destroy(handle)
 
     def close(self) -> None:
         """Free events and give the context back; the last user's call ends it."""

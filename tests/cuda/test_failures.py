@@ -156,7 +156,7 @@ def test_a_refused_copy_fails_that_transfer_only(copies: str, fake_cuda: Any) ->
         engine.submit(transfer(2)).wait(PATIENCE)
 
 
-ASYNCHRONOUS = ["cuEventRecord", "cuStreamWaitEvent", "cuEventSynchronize", "cuCtxPushCurrent_v2"]
+ASYNCHRONOUS = ["cuEventRecord", "cuStreamWaitEvent", "cuEventSynchronize"]
 
 
 @pytest.mark.parametrize("nth", [1, 2, 5])
