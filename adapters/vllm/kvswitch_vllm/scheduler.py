@@ -211,7 +211,7 @@ class SwitchMixin(_Scheduler):
             for _, blocks in getattr(self, "deferred_frees", ())
             for block in blocks
         )
-        return int(self._planning.pool.free_blocks) + self._planning.planner.held_blocks + deferred
+        return self._planning.pool.free_blocks + self._planning.planner.held_blocks + int(deferred)
 
     def _need(self, request: Any) -> int:
         """Blocks that a waiting request needs of those that are free."""
