@@ -145,23 +145,27 @@ class KVSwitch:
         self._forward_began: float | None = None  # None: there was nothing to run
         self._stall_before = 0.0
         self._in_series = config.strategy == "serial"  # then nothing goes on beside the copies
-        self.planner = SwapManager(
-            layout.num_blocks,
-            host_blocks,
-            block_tokens,
-            block_bytes=layout.block_bytes,
-            first_group=config.first_group,
-            headroom=config.headroom,
-            strategy=config.strategy,
-            swap=config.preemption == "switch",
-            reuse=config.reuse,
-            on_lost=self._note_lost,
-        )
         if backend is None:
             first = kv_cache[0] if isinstance(kv_cache, list | tuple) else kv_cache
             on_cuda = getattr(first, "is_cuda", False)
             backend = make_backend(config.backend, layout, on_cuda=on_cuda, manager=self._hooks)
         engine = TransferEngine.open(backend, layout, host_blocks, window_bytes=config.window_bytes)
+        try:
+            self.planner = SwapManager(
+                layout.num_blocks,
+                host_blocks,
+                block_tokens,
+                block_bytes=layout.block_bytes,
+                first_group=config.first_group,
+                headroom=config.headroom,
+                strategy=config.strategy,
+                swap=config.preemption == "switch",
+                reuse=config.reuse,
+                on_lost=self._note_lost,
+            )
+        except BaseException:
+            engine.close()
+            raise
         self._grow = self.planner.grow
         self._worker = SwapWorker(
             engine, backend, on_started=self._on_started, on_ended=self._on_ended

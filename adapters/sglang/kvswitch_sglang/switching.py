@@ -74,24 +74,28 @@ class Switching:
         self._pages = pages
         self._stream = stream
         self._layers = len(layout.regions) // _REGIONS
-        self.planner = EngineSwapManager(
-            pages,
-            host_blocks,
-            page_tokens,
-            block_bytes=layout.block_bytes,
-            first_group=settings.first_group,
-            strategy=settings.strategy,
-            swap=settings.preemption == "switch",
-            reuse=settings.reuse,
-        )
-        self.page_bytes = layout.block_bytes
-        self._page_tokens = page_tokens
-        self._swap = settings.preemption == "switch"
-        self._always = settings.strategy in ("sync", "serial")
         backend = make_backend(settings.backend, layout, on_cuda=on_cuda)
         self._engine = TransferEngine.open(
             backend, layout, host_blocks, window_bytes=settings.window_bytes
         )
+        try:
+            self.planner = EngineSwapManager(
+                pages,
+                host_blocks,
+                page_tokens,
+                block_bytes=layout.block_bytes,
+                first_group=settings.first_group,
+                strategy=settings.strategy,
+                swap=settings.preemption == "switch",
+                reuse=settings.reuse,
+            )
+        except BaseException:
+            self._engine.close()
+            raise
+        self.page_bytes = layout.block_bytes
+        self._page_tokens = page_tokens
+        self._swap = settings.preemption == "switch"
+        self._always = settings.strategy in ("sync", "serial")
         self._worker = SwapWorker(self._engine, backend)
         self._reports = ReducedReports(rank, num_ranks, minimum)
         self._alone = num_ranks == 1
