@@ -16,7 +16,7 @@ from kvswitch.errors import ConfigError
 __all__ = ["Config", "StrategyName", "parse_bytes"]
 
 StrategyName: TypeAlias = Literal["adaptive", "async", "sync", "serial"]
-"""`async` never waits for a swap-in, `sync` always does, `serial` waits for swap-outs as well
+"""`async` waits for a swap-in only when nothing else can run, `sync` always, `serial` waits for swap-outs as well
 (figure 6a: everything in series); `adaptive` decides anew in each iteration."""
 
 _UNITS = {
@@ -42,8 +42,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     backend : str
         "auto" (CUDA for a KV cache on a GPU, else CPU), or the name of a registered copy backend.
     strategy : {"adaptive", "async", "sync", "serial"}
-        Whether a batch waits for swap-ins: decided anew each iteration, never, always; "serial"
-        waits for swap-outs too.
+        Whether a batch waits for swap-ins: decided anew each iteration, only when nothing else can
+        run, always; "serial" waits for swap-outs too.
     window : str or int
         Bytes of a dispatch window: how many may be queued on the copy engine at once, for each
         direction. "auto": what suits the backend's link.

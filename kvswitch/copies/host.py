@@ -157,7 +157,8 @@ class HostCopies:
             raise HostMemoryExhausted(
                 f"nothing of {owner!r} ({tokens} tokens) can be held: all {self.pool.num_blocks} "
                 "host blocks have copies of equal or higher priority, or are being copied. "
-                "Recompute it, or give kvswitch more host memory"
+                "Recompute it, free what has ended or lower its priority, or give kvswitch more "
+                "host memory"
             )
         entry = entry or self._owners.add(owner)
         self._owners.touch(entry)

@@ -97,9 +97,10 @@ class KVSwitch:
 
     Parameters
     ----------
-    kv_cache : Layout, array, tensor or sequence of these
+    kv_cache : array, tensor or sequence of these; or Layout
         The engine's KV cache, block dimension first: one tensor for all layers, or one a layer (or
-        a layer's K and V). Must live as long as this object.
+        a layer's K and V). Tensors are kept alive as long as this object; what a `Layout` points to
+        must be by others, and the setting `backend` must name its device's.
     config : Config or mapping, optional
     block_tokens : int
         Token slots in a block.
@@ -147,6 +148,11 @@ class KVSwitch:
         self._in_series = config.strategy == "serial"  # then nothing goes on beside the copies
         if backend is None:
             first = kv_cache[0] if isinstance(kv_cache, list | tuple) else kv_cache
+            if isinstance(first, Layout) and config.backend == "auto":
+                raise ConfigError(
+                    "a Layout does not say what device its memory is on: name the backend, 'cuda' "
+                    "or 'cpu', in place of 'auto'"
+                )
             on_cuda = getattr(first, "is_cuda", False)
             backend = make_backend(config.backend, layout, on_cuda=on_cuda, manager=self._hooks)
         engine = TransferEngine.open(backend, layout, host_blocks, window_bytes=config.window_bytes)
@@ -252,6 +258,9 @@ class KVSwitch:
 
     def end_turn(self, sequence: Hashable, tokens: int | None = None) -> None:
         """Mark the turn as over: its KV goes out at idle priority, and the next turn resumes it.
+
+        Its host copies keep its priority, and nobody of equal priority may take them: `free` what
+        will not go on, or lower its priority.
 
         Parameters
         ----------

