@@ -16,8 +16,8 @@ from kvswitch.errors import ConfigError
 __all__ = ["Config", "StrategyName", "parse_bytes"]
 
 StrategyName: TypeAlias = Literal["adaptive", "async", "sync", "serial"]
-"""`async` waits for a swap-in only when nothing else can run, `sync` always, `serial` waits for swap-outs as well
-(figure 6a: everything in series); `adaptive` decides anew in each iteration."""
+"""`async` waits for a swap-in only when nothing else can run, `sync` always, `serial` waits for
+swap-outs as well (figure 6a: everything in series); `adaptive` decides anew in each iteration."""
 
 _UNITS = {
     "": 1,
