@@ -174,7 +174,8 @@ class Engine:
         """Run one iteration."""
         step = Step(perf_counter())
         # 1. Decide.
-        decision = self.scheduler.schedule(self.switch.available_blocks(headroom=False))
+        free = self.switch.available_blocks(headroom=False, returning=True)
+        decision = self.scheduler.schedule(free)
         if self.scheduler.current_epoch != self._epoch:
             self._tell_priorities()
         for id_ in decision.preempt:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kvswitch.errors import ConfigError
 from kvswitch.scheduling.trace import PriorityTrace
 
-__all__ = ["FixedPolicy", "FloatArray", "IntArray", "PriorityPolicy", "TracePolicy"]
+__all__ = ["FixedPolicy", "FloatArray", "IntArray", "PriorityPolicy", "TracePolicy", "ask"]
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -45,6 +45,19 @@ class PriorityPolicy(Protocol):
             Finite numbers; larger is more important.
         """
         ...
+
+
+def ask(
+    policy: PriorityPolicy, epoch: int, index: IntArray, base: FloatArray, waited: IntArray
+) -> FloatArray:
+    """Ask `policy` as its protocol says; ConfigError unless it gives each a finite priority."""
+    priorities = np.asarray(policy.priorities(epoch, index, base, waited), np.float64)
+    if priorities.shape != index.shape or not np.isfinite(priorities).all():
+        raise ConfigError(
+            f"{type(policy).__name__} must return one finite priority for each of "
+            f"{index.size} sequences"
+        )
+    return priorities
 
 
 class FixedPolicy:

@@ -7,13 +7,13 @@ quantum for which a request that has just been switched in is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvswitch.errors import ConfigError, UnknownSequence
-from kvswitch.scheduling.policies import PriorityPolicy
+from kvswitch.scheduling.policies import PriorityPolicy, ask
 
 __all__ = ["RequestPriorities"]
 
@@ -75,8 +75,10 @@ class RequestPriorities:
         self._arrivals += 1
         if (size := getattr(self._policy, "sequences", None)) is not None:
             index %= size  # a trace starts anew at its end
-        self._standings[name] = _Standing(index, base, self._epoch, -1)
-        return self._ask([name])[0]
+        standing = _Standing(index, base, self._epoch, -1)
+        (priority,) = self._ask([standing])
+        self._standings[name] = standing
+        return priority
 
     def remove(self, name: Hashable) -> None:
         """Forget a request; it need not be known."""
@@ -90,8 +92,10 @@ class RequestPriorities:
         UnknownSequence
             There is no such request.
         """
-        self._of(name).base = base
-        return self._ask([name])[0]
+        standing = self._of(name)
+        (priority,) = self._ask([replace(standing, base=base)])
+        standing.base = base
+        return priority
 
     def begin(self, running: Iterable[Hashable]) -> dict[Hashable, float]:
         """Begin an iteration; everybody's priority if they may have changed, else nothing."""
@@ -101,8 +105,7 @@ class RequestPriorities:
         for name in running:
             if (standing := self._standings.get(name)) is not None:
                 standing.ran = self._epoch
-        names = list(self._standings)
-        return dict(zip(names, self._ask(names), strict=True))
+        return dict(zip(self._standings, self._ask(self._standings.values()), strict=True))
 
     def entered(self, name: Hashable) -> None:
         """Take note that a request has been switched in; it need not be known."""
@@ -128,13 +131,13 @@ class RequestPriorities:
         except KeyError:
             raise UnknownSequence(f"no request {name!r}") from None
 
-    def _ask(self, names: Sequence[Hashable]) -> list[float]:
-        known = [self._standings[name] for name in names]
+    def _ask(self, standings: Collection[_Standing]) -> list[float]:
         epoch = self._epoch
-        priorities = self._policy.priorities(
+        asked: list[float] = ask(
+            self._policy,
             epoch,
-            np.array([s.index for s in known]),
-            np.array([s.base for s in known], np.float64),
-            np.array([epoch - s.ran for s in known]),
-        )
-        return [float(p) for p in priorities]
+            np.array([s.index for s in standings]),
+            np.array([s.base for s in standings], np.float64),
+            np.array([epoch - s.ran for s in standings]),
+        ).tolist()
+        return asked

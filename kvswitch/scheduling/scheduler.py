@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from kvswitch.errors import ConfigError, IntegrityError, InvalidTransition
-from kvswitch.scheduling.policies import FloatArray, IntArray, PriorityPolicy
+from kvswitch.scheduling.policies import PriorityPolicy, ask
 from kvswitch.scheduling.queues import RUNNING, SWAPPED, WAITING, Queues, RowNumbers, State
 from kvswitch.scheduling.target import (
     NEVER,
@@ -390,7 +390,9 @@ class PriorityScheduler:
         queues = self._queues
         used = np.flatnonzero(queues.state)
         waited = np.where(queues.state[used] == RUNNING, 0, epoch - queues.ran[used])
-        queues.priority[used] = self._ask(epoch, queues.index[used], queues.base[used], waited)
+        queues.priority[used] = ask(
+            self._policy, epoch, queues.index[used], queues.base[used], waited
+        )
         self._epoch = epoch
         self._changed()
 
@@ -445,18 +447,13 @@ class PriorityScheduler:
         self._dirty = True
         self._inverted = None
 
-    def _ask(self, epoch: int, index: IntArray, base: FloatArray, waited: IntArray) -> FloatArray:
-        priorities = np.asarray(self._policy.priorities(epoch, index, base, waited), np.float64)
-        if priorities.shape != index.shape or not np.isfinite(priorities).all():
-            raise ConfigError(
-                f"{type(self._policy).__name__} must return one finite priority for each of "
-                f"{index.size} sequences"
-            )
-        return priorities
-
     def _ask_one(self, index: int, base: float, waited: int) -> float:
-        return self._ask(
-            self._epoch, np.array([index]), np.array([base], np.float64), np.array([waited])
+        return ask(
+            self._policy,
+            self._epoch,
+            np.array([index]),
+            np.array([base], np.float64),
+            np.array([waited]),
         ).item()
 
     def _check_need(self, sequence: Hashable, need: int, held: int) -> None:

@@ -120,7 +120,7 @@ class SwitchMemory:
 
     def available(self) -> int:
         """See `Memory`."""
-        return self.planner.available_blocks(headroom=False)
+        return self.planner.available_blocks(headroom=False, returning=True)
 
     def start(self, sequence: Hashable, tokens: int, expected: int) -> None:
         """See `Memory`."""

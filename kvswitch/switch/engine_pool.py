@@ -11,7 +11,6 @@ rules are those of `SwapManager`, kept by other means:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -91,6 +90,7 @@ class _In:
     needs: tuple[tuple[Fill, int], ...]
     wait: bool
     transfer: Transfer | None = None
+    void: bool = False  # what it brings means nothing any more
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +152,7 @@ class EngineSwapManager(OrderList):
         self._out: dict[int, _Out] = {}
         self._into: dict[int, _In] = {}
         self._arriving: list[_In] = []
-        self._idle: deque[_Idle] = deque()
+        self._idle: dict[Hashable, _Idle] = {}  # by owner, who ended first first
         self._leaving: dict[int, int] = {}  # device block -> newest swap-out that reads it
         self._wait: set[int] = set()
         self._step = 0
@@ -252,6 +252,8 @@ class EngineSwapManager(OrderList):
         self._stats.preemptions += not last
         if not self._swap:
             return 0
+        if owner in self._idle:  # another of that name, which has ended
+            self.drop(owner)
         copies = self.copies
         fill = self._fill(owner, tokens, keys, priority, last=last)
         covered = copies.covered(owner)
@@ -277,17 +279,15 @@ class EngineSwapManager(OrderList):
         if not full or not self._swap:
             self.drop(owner)
             return
-        self._idle.append(
-            _Idle(owner, full * self.block_tokens, list(blocks[:full]), list(keys[:full]))
+        self._idle[owner] = _Idle(
+            owner, full * self.block_tokens, list(blocks[:full]), list(keys[:full])
         )
+        self.set_priority(owner, _LEAST)
 
     def send_ended(self, owner: Hashable) -> None:
         """`owner` has ended (`retire`) and its blocks are about to go: send them now."""
-        for idle in self._idle:
-            if idle.owner == owner:
-                self._idle.remove(idle)
-                self._send_retired(idle)
-                return
+        if (idle := self._idle.pop(owner, None)) is not None:
+            self._send_retired(idle)
 
     def swap_in(
         self,
@@ -375,18 +375,22 @@ class EngineSwapManager(OrderList):
         for incoming in self._into.values():
             if incoming.owner == owner and incoming.transfer is not None:
                 self.cancel(incoming.transfer)
-        self._idle = deque(idle for idle in self._idle if idle.owner != owner)
+        self._idle.pop(owner, None)
         self._forget(owner)
 
     def invalidate_all(self) -> None:
         """No copy is valid any more (weights changed, cache reset); give up all holds."""
-        idle, self._idle = self._idle, deque()
+        idle, self._idle = self._idle, {}
         self.copies.invalidate_all()
         self._keys.clear()
-        for one in idle:
-            self._forget(one.owner)
+        for owner in idle:
+            self._forget(owner)
         for out in self._out.values():
             self.cancel(out.transfer)
+        for incoming in (*self._into.values(), *self._arriving):
+            incoming.void = True
+            if incoming.transfer is not None:
+                self.cancel(incoming.transfer)
         self.give_way(self.held_blocks)
 
     # -- Algorithm 1 -----------------------------------------------------------------------------
@@ -525,7 +529,8 @@ class EngineSwapManager(OrderList):
     def _send_idle(self) -> None:
         """Send what is left of the next one that has ended; at most one at a time."""
         while self._idle and not self._out:
-            self._stats.idle_copies += self._send_retired(self._idle.popleft())
+            first = next(iter(self._idle))
+            self._stats.idle_copies += self._send_retired(self._idle.pop(first))
 
     def _send_retired(self, idle: _Idle) -> bool:
         """Send what is left of one that has ended, and forget it then; whether it was anything."""
@@ -566,7 +571,7 @@ class EngineSwapManager(OrderList):
         self.copies.release(incoming.lease)
         self._pool.release(incoming.blocks)
         owner = incoming.owner
-        arrived = ok and all(fill.committed for fill, _ in incoming.needs)
+        arrived = ok and not incoming.void and all(fill.committed for fill, _ in incoming.needs)
         if owner not in self.copies:
             return arrived
         if not arrived:

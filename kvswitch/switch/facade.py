@@ -52,7 +52,7 @@ class SwapTicket:
     def wait(self) -> None:
         """Block until it has ended. Its sequence is then in the next step's `Ready.landed`.
 
-        Where the device has streams: until the current one waits for it.
+        Where the device has streams: until the one last given to `KVSwitch.step` waits for it.
         """
         if not self.done:
             self._switch._wait_for(self.id)
@@ -142,6 +142,7 @@ class KVSwitch:
         self.layout = layout
         self._hooks = plugin_manager(plugins)
         self._lost: list[tuple[Hashable, int]] = []
+        self._stream: object | None = None  # of the last step
         self._stall = self._overhead = 0.0
         self._forward_began: float | None = None  # None: there was nothing to run
         self._stall_before = 0.0
@@ -332,6 +333,7 @@ class KVSwitch:
             Sequences on their way that `wait` will not wait for: not to be run now.
         """
         with self._verb():
+            self._stream = stream
             forward = None
             if self._forward_began is not None:
                 stalled = self._stall - self._stall_before
@@ -347,6 +349,8 @@ class KVSwitch:
     def wait(self) -> Ready:
         """Second half of `step`: block until the forward may run."""
         self._check_open()
+        if self.planner.has_news:  # verbs since `dispatch`
+            self._worker.submit(self.planner.orders(), self._stream)
         self._wait()
         started = perf_counter()
         ready = Ready(self.planner.landed(), self.arriving)
@@ -366,7 +370,7 @@ class KVSwitch:
 
     def _wait_for(self, transfer: int) -> None:
         self._check_open()
-        self._worker.submit(self.planner.orders(), also=transfer)
+        self._worker.submit(self.planner.orders(), self._stream, also=transfer)
         self._wait()
 
     # -- questions -------------------------------------------------------------------------------
@@ -376,9 +380,9 @@ class KVSwitch:
         """Sequences whose swap-in has not ended: preempting one frees no blocks at once."""
         return self.planner.queue(SequenceState.ARRIVING)
 
-    def available_blocks(self, *, headroom: bool = True) -> int:
+    def available_blocks(self, *, headroom: bool = True, returning: bool = False) -> int:
         """Device blocks to be had without preempting anybody (see `SwapManager`)."""
-        return self.planner.available_blocks(headroom=headroom)
+        return self.planner.available_blocks(headroom=headroom, returning=returning)
 
     def stats(self) -> SwapStats:
         """What switching has cost and spared so far."""

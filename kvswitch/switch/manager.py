@@ -15,6 +15,7 @@ Two rules keep bytes safe (a transfer reads or writes exactly the blocks it hold
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -128,13 +129,25 @@ class SwapManager:
         """Sequences in a state, longest there first (Algorithm 1's queues)."""
         return MappingProxyType(self._sequences.queues[state])
 
-    def available_blocks(self, *, headroom: bool = True) -> int:
+    def available_blocks(self, *, headroom: bool = True, returning: bool = False) -> int:
         """Device blocks that `allocate` and `resume` can get without preempting anybody.
 
         Counts free blocks, those of idle sequences and those that a swap-out will have left.
-        `headroom=False` counts the headroom too: for sequences that already run.
+
+        Parameters
+        ----------
+        headroom : bool
+            False counts the headroom too: for sequences that already run.
+        returning : bool
+            True counts those too that a swap-in still writes whose sequence was turned back: not
+            to be had now, but before long. For decisions that should hold until then.
         """
         available = self._room.available
+        if returning and self._traffic.into:
+            arriving = self._sequences.queues[SequenceState.ARRIVING].values()
+            wanted = {s.incoming.transfer.id for s in arriving if s.incoming}
+            into = self._traffic.into.items()
+            available += sum(len(one.blocks) for id_, one in into if id_ not in wanted)
         return max(0, available - self._headroom) if headroom else available
 
     def is_under_way(self, transfer: int) -> bool:
@@ -364,6 +377,8 @@ class SwapManager:
     def set_priority(self, sequence: Hashable, priority: float) -> None:
         """Set how much `sequence` matters (larger is more): decides who loses host copies first."""
         s = self._sequences.get(sequence)
+        if not math.isfinite(priority):
+            raise ConfigError(f"priority={priority}: give a finite number")
         s.priority = priority
         if sequence in self.copies:
             self.copies.set_priority(sequence, priority)
@@ -413,6 +428,11 @@ class SwapManager:
             wait.update(self._traffic.out)
         transfers, cancelled = self._traffic.take_orders()
         return SwapOrders(self._step, transfers, cancelled, tuple(sorted(wait)))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was planned, or is to be waited for, that no orders have said yet."""
+        return self._traffic.has_planned or bool(self._forward_waits)
 
     def absent(self, orders: SwapOrders) -> list[Hashable]:
         """Sequences that will still be arriving when what `orders` wait for has ended."""

@@ -28,6 +28,11 @@ class OrderList:
         """Nobody wants its bytes any more; it ends like any other, sooner perhaps."""
         self._cancelled.append(transfer.id)
 
+    @property
+    def has_planned(self) -> bool:
+        """Whether transfers are on the list of the next orders."""
+        return bool(self._planned)
+
     def take_list(self) -> tuple[tuple[Transfer, ...], tuple[int, ...]]:
         """What has been planned and cancelled since the last call."""
         planned, cancelled = tuple(self._planned), tuple(self._cancelled)

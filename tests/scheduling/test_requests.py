@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,25 @@ def test_who_waits_gains_and_falls_back_once_it_has_run() -> None:
     priorities.add("a", 0.0)
     seen = [priorities.begin(running)["a"] for running in ([], [], ["a"], [])]
     assert seen == [1.0, 2.0, 0.0, 1.0]
+
+
+def test_a_policy_that_answers_nonsense_changes_nothing() -> None:
+    class Broken(FixedPolicy):
+        answer = np.nan
+
+        def priorities(self, *asked: Any) -> Any:
+            return np.full(len(asked[1]), self.answer)
+
+    policy = Broken()
+    priorities = RequestPriorities(policy, epoch=2, quantum=1)
+    with pytest.raises(ConfigError, match="one finite priority"):
+        priorities.add("a", 1.0)
+    assert "a" not in priorities
+    policy.answer = 1.0
+    priorities.add("a", 1.0)
+    policy.answer = np.inf
+    with pytest.raises(ConfigError, match="one finite priority"):
+        priorities.set_base("a", 5.0)
 
 
 def test_a_trace_starts_anew_at_its_end() -> None:

@@ -297,6 +297,46 @@ def test_load_of_what_failed_to_leave_counts_for_nothing() -> None:
     assert world.planner.reach("a") == 0
 
 
+def test_a_load_of_what_is_invalidated_meanwhile_counts_for_nothing() -> None:
+    world = World()
+    blocks = world.pool.take(3)
+    world.write(blocks, "a")
+    leave(world, "a", blocks)
+    world.rest()
+    world.planner.swap_in("a", 0, 12, world.pool.take(3))
+    world.orders()
+    world.planner.invalidate_all()
+    (load,) = world.planner.under_way
+    assert world.planner.observe(Observations(completed=(load,))) == ("a",)
+
+
+def test_another_of_a_name_takes_nothing_over_from_one_that_has_ended() -> None:
+    world = World()
+    first = world.pool.take(3)
+    world.write(first, "first", ["k0", "k1", "k2"])
+    world.planner.retire("a", 12, first, ["k0", "k1", "k2"])
+    second = world.pool.take(2)
+    world.write(second, "second", ["other0", "other1"])
+    leave(world, "a", second, keys=["other0", "other1"])
+    world.rest()
+    assert world.planner.reach("b", ["k0", "k1", "k2"]) == 0
+    assert world.planner.reach("a") == 8
+
+
+def test_who_has_ended_loses_its_copies_first() -> None:
+    world = World(host=3)
+    blocks = world.pool.take(3)
+    world.write(blocks, "a", ["k0", "k1", "k2"])
+    world.planner.swap_out("a", 12, blocks, keys=["k0", "k1", "k2"], priority=9.0)
+    world.orders()
+    world.land()
+    world.planner.retire("a", 12, blocks, ["k0", "k1", "k2"])
+    more = world.pool.take(2)
+    world.write(more, "b")
+    leave(world, "b", more, priority=1.0)
+    assert world.planner.reach("b") == 8
+
+
 def test_invalidated_copies_are_gone_and_holds_too() -> None:
     world = World()
     blocks, keys = world.pool.take(3), ["x", "y", "z"]

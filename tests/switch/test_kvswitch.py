@@ -61,7 +61,8 @@ def test_the_cache_may_come_in_any_of_these_shapes(tools: Any, kind: str) -> Non
         given = [pytest.importorskip("torch").from_numpy(array) for array in arrays]
     elif kind == "numpy strided":
         arrays = given = [np.zeros((BLOCKS, 2, TOKENS, 8))[:, i] for i in range(2)]
-    with KVSwitch(given, {"host_memory": 1 << 20}, block_tokens=TOKENS) as switch:
+    settings = {"host_memory": 1 << 20, "backend": "cpu"}  # of a layout, "auto" could not tell
+    with KVSwitch(given, settings, block_tokens=TOKENS) as switch:
         table = switch.allocate("a", 18).tolist()
         for number, array in enumerate(arrays):
             tools.fill(array, table, 10.0 * number)
@@ -283,6 +284,29 @@ def test_a_failed_start_leaves_no_memory_behind(
     with pytest.raises(ConfigError, match="no such device"):
         KVSwitch(cache, {"host_memory": "1MiB"}, block_tokens=TOKENS, backend=Broken())
     assert len(closed) == 1
+
+
+def test_verbs_between_the_halves_of_a_step_count_for_its_forward(
+    tools: Any, make_switch: Any, cache: Any
+) -> None:
+    switch = make_switch(backend=CpuBackend(bandwidth=BLOCK_BYTES * 100))
+    tools.fill(cache, switch.allocate("a", BLOCKS * TOKENS), 1.0)
+    switch.step()
+    switch.preempt("a")
+    switch.dispatch()
+    blocks = switch.allocate("b", 3 * TOKENS)  # which the swap-out still reads
+    switch.wait()
+    tools.fill(cache, blocks, 2.0)
+    tools.settle(switch)
+    switch.free("b")
+    switch.resume("a")
+    tools.settle(switch)
+    assert tools.holds(cache, switch.planner.table("a"), 1.0)
+
+
+def test_a_layout_needs_the_name_of_its_backend(cache: Any) -> None:
+    with pytest.raises(ConfigError, match="name the backend"):
+        KVSwitch(layout_of(cache), block_tokens=TOKENS)
 
 
 # -- wrong calls ---------------------------------------------------------------------------------

@@ -263,6 +263,7 @@ def test_preempting_an_arriving_sequence_copies_nothing(make: MakePlanner) -> No
     assert orders.cancel == (into,)
     assert planner.state("a") is HOST
     assert planner.available_blocks() == 9, "the swap-in may still write them"
+    assert planner.available_blocks(returning=True) == 12
     planner.fail(into)  # as cancelled ones are reported
     assert planner.available_blocks() == 12
     assert planner.stats().transfers_failed == 0
