@@ -346,7 +346,7 @@ def test_who_finds_no_host_memory_is_recomputed_and_the_others_go_on(
     switch.step()
     switch.preempt("important")
     tools.settle(switch)
-    with pytest.raises(HostMemoryExhausted, match="Recompute it, or give"):
+    with pytest.raises(HostMemoryExhausted, match="Recompute it, free what has ended"):
         switch.preempt("a")
     assert switch.planner.state("a") is RUNNING
     switch.discard("a")
