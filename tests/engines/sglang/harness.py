@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from sglang_plain_cpu.attention import install
 
 
 class Server:
@@ -38,6 +39,7 @@ class Server:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
+        install()
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.runtime_context import SpawnRanks, publish
         from sglang.srt.server_args import PortArgs, ServerArgs
