@@ -1,7 +1,7 @@
 """Attention of prefills, at the cost that other backends have.
 
-SGLang's ``torch_native`` pads the rows of a prefill to its whole context. A request that resumes with
-one token to compute then costs as much attention as if nothing of it had been kept, in each layer.
+SGLang's ``torch_native`` pads the rows of a prefill to its whole context. A request that resumes
+with one token to compute then costs as much attention as if nothing of it had been kept.
 """
 
 from __future__ import annotations
