@@ -112,9 +112,12 @@ def report(results: Results, modes: Sequence[str]) -> str:
         if over in modes and under in modes:
             ratios = [results[s][over][key] / max(results[s][under][key], 1e-9) for s in seeds]
             lines.append(f"{ROWS[key][0]}, {over} / {under}: {spread(ratios, 3)}")
-    # Each pair is as likely below the true median as above it: all on one side is rare.
-    confidence = 1 - 2.0 ** (1 - len(seeds))
-    lines.append(f"The range of {len(seeds)} pairs holds the true median at {confidence:.0%}.")
+    if len(seeds) > 1:
+        # Each pair is as likely below the true median as above it: all on one side is rare.
+        confidence = 1 - 2.0 ** (1 - len(seeds))
+        lines.append(
+            f"The range of {len(seeds)} pairs holds the true median with {confidence:.0%}."
+        )
     return "\n".join(lines)
 
 
