@@ -7,6 +7,8 @@ rules are those of `SwapManager`, kept by other means:
 * a block that a swap-out reads is *held*, by a reference in the engine's pool, until it has ended;
 * where the engine needs such a block earlier, the hold is given up (`give_way`): the block is
   *leaving*, and whoever writes it (`written`) waits for that one transfer first.
+
+One file, though a long one: verbs, orders and ends of transfers change the same few books.
 """
 
 from __future__ import annotations
