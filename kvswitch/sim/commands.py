@@ -66,9 +66,10 @@ _COLUMNS = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),
-    default=Path("docs/benchmarks/demo.json"),
+    default=Path("docs/benchmarks/demo-seeds.json"),
     show_default=True,
-    help="A summary.json of `kvswitch demo`: the simulator is compared with it, if it is there.",
+    help="A seeds.json or summary.json of `kvswitch demo`: the simulator is compared with it, "
+    "if it is there.",
 )
 @click.option(
     "--docs",

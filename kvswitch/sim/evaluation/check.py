@@ -1,8 +1,8 @@
 """The simulator checked: set to the machine on which `kvswitch demo` was measured.
 
-Two constants are fitted, the time of an iteration and of a prompt token in it, to what the demo's
-reference and recompute modes measured in all; everything else is the demo's own settings. Compared
-are figures that were not fitted, above all ratios between modes.
+For each seed, two constants are fitted, the time of an iteration and of a prompt token in it, to
+what the demo's reference and recompute modes measured in all; everything else is the demo's own
+settings. Compared are figures that were not fitted, above all ratios between modes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,7 +28,7 @@ from kvswitch.sim.systems import SYSTEMS
 from kvswitch.sim.workload import Script, load_lengths
 from kvswitch_demo.workload import Workload
 
-__all__ = ["compare", "figure", "read_measured", "simulate_mode"]
+__all__ = ["Comparison", "compare", "figure", "read_measured", "simulate_mode"]
 
 _LAYERS = 30  # SmolLM2-135M
 _BLOCK_BYTES = 2 * _LAYERS * 3 * 64 * 4 * 16  # K and V, layers, KV heads, dimensions, float32
@@ -39,8 +40,8 @@ _MODES = {
 }
 
 
-def read_measured(path: Path) -> dict[str, Any]:
-    """Read a summary.json of `kvswitch demo`.
+def read_measured(path: Path) -> list[dict[str, Any]]:
+    """Read what `kvswitch demo` measured: a seeds.json (`--seeds`), or a summary.json.
 
     Raises
     ------
@@ -48,13 +49,17 @@ def read_measured(path: Path) -> dict[str, Any]:
         It cannot be read, or lacks a mode.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        missing = {"reference", *_MODES} - set(content["modes"])
+        content = json.loads(path.read_bytes())
+        reports: list[dict[str, Any]] = content if isinstance(content, list) else [content]
+        missing = [{"reference", *_MODES} - set(report["modes"]) for report in reports]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"cannot read the demo's results {path}: {error!r}") from error
-    if missing:
-        raise ConfigError(f"{path}: modes: there is no {min(missing)}")
-    return content
+    if not reports:
+        raise ConfigError(f"{path}: there is no run in it")
+    for modes in missing:
+        if modes:
+            raise ConfigError(f"{path}: modes: there is no {min(modes)}")
+    return reports
 
 
 def _fitted_steps(report: dict[str, Any]) -> LinearSteps:
@@ -147,8 +152,31 @@ _MEASURES: tuple[_Measure, ...] = (
 )
 
 
-def compare(report: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+class Comparison(NamedTuple):
+    """A figure as measured and as simulated, one of each for every seed."""
+
+    measured: list[float]
+    simulated: list[float]
+
+    @property
+    def off(self) -> float:
+        """How far the simulated median is from the measured one, as a share of it."""
+        measured = median(self.measured)
+        return median(self.simulated) / measured - 1 if measured else 0.0
+
+
+def compare(reports: list[dict[str, Any]]) -> dict[tuple[str, str], Comparison]:
     """(mode, what) -> measured and simulated; mode "kvswitch / recompute" for their ratios."""
+    values: dict[tuple[str, str], Comparison] = {}
+    for report in reports:
+        for key, (measured, simulated) in _compare_seed(report).items():
+            both = values.setdefault(key, Comparison([], []))
+            both.measured.append(measured)
+            both.simulated.append(simulated)
+    return values
+
+
+def _compare_seed(report: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
     simulated = {mode: simulate_mode(report, mode) for mode in _MODES}
     values = {
         (mode, name): (float(theirs(report["modes"][mode])), float(ours(result)))
@@ -164,23 +192,33 @@ def compare(report: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]
 
 def figure(path: Path) -> Figure:
     """The comparison as a part of the report."""
-    report = read_measured(path)
+    reports = read_measured(path)
     rows = [
         [
             mode,
             name,
-            f"{measured:,.3g}",
-            f"{simulated:,.3g}",
-            f"{simulated / measured - 1:+.0%}" if measured else "–",
+            _spread(both.measured),
+            _spread(both.simulated),
+            f"{both.off:+.0%}" if any(both.measured) else "–",
         ]
-        for (mode, name), (measured, simulated) in compare(report).items()
+        for (mode, name), both in compare(reports).items()
     ]
+    first, seeds = reports[0], [str(report["seed"]) for report in reports]
     return Figure(
         "check",
         "The simulator checked against a measured machine",
-        f"What `kvswitch demo` measured on {report['date'][:10]} ({report['machine']['cpu']}, "
-        f"{report['machine']['cores']} cores, seed {report['seed']}), and what the simulator says "
-        "of the same workload, priorities and memory. Fitted were two constants, an iteration's "
-        "time and a prompt token's, to the totals of the modes reference and recompute.",
-        tables=[Table("Measured and simulated", ["mode", "", "measured", "simulated", ""], rows)],
+        f"What `kvswitch demo` measured on {first['date'][:10]} ({first['machine']['cpu']}, "
+        f"{first['machine']['cores']} cores; seeds: {', '.join(seeds)}), and what the simulator "
+        "says of the same workloads, priorities and memory: medians over seeds, and ranges. For "
+        "each seed two constants were fitted, an iteration's time and a prompt token's, to the "
+        "totals of the modes reference and recompute.",
+        tables=[
+            Table("Measured and simulated", ["mode", "", "measured", "simulated", "off"], rows)
+        ],
     )
+
+
+def _spread(values: list[float]) -> str:
+    numbers = (median(values), min(values), max(values))
+    middle, low, high = (f"{n:,.0f}" if n >= 1000 else f"{n:.3g}" for n in numbers)
+    return middle if low == high else f"{middle} ({low}–{high})"
