@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from vllm import LLM, SamplingParams
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.lora.request import LoRARequest
     from vllm.platforms.cpu import CpuPlatform
 
 MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
@@ -65,12 +66,19 @@ class Engine:
         return self.planning.planner.stats()
 
     def add(
-        self, name: str, prompt: list[int], output: int, priority: int = 0, **more: Any
+        self,
+        name: str,
+        prompt: list[int],
+        output: int,
+        priority: int = 0,
+        lora: LoRARequest | None = None,
+        **more: Any,
     ) -> None:
         self.llm.llm_engine.add_request(
             name,
             {"prompt_token_ids": prompt, **more},
             SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False),
+            lora_request=lora,
             priority=priority,
         )
 
