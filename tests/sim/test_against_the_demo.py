@@ -1,4 +1,4 @@
-"""The simulator against what was measured: `kvswitch demo` on a CPU (docs/benchmarks/demo-seeds.json)."""
+"""The simulator against what was measured: `kvswitch demo` on a CPU, five seeds."""
 
 from __future__ import annotations
 

@@ -6,16 +6,15 @@ python compare_sglang.py [--seeds N] [--modes recompute,kvswitch] [--requests N]
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import comparison
-import workloads
 
 MODES = {
     "stock": "SGLang as it is, first come first served, no priorities",
@@ -28,29 +27,13 @@ MODES = {
 TOKENS = 3072  # of KV cache
 
 
-def settings(mode: str, seed: int, requests: int) -> dict[str, Any] | None:
-    """kvswitch's settings; None without it."""
-    if mode in ("stock", "never"):
-        return None
-    common: dict[str, Any] = {"host_memory": "1GiB", "epoch": 10, "quantum": 5}
-    if mode == "calm":
-        return common
-    return {
-        **common,
-        "preemption": "recompute" if mode == "recompute" else "switch",
-        "policy": "random",
-        "policy_settings": {"seed": seed, "sequences": requests + 2, "epochs": 2000},
-    }
-
-
-def measure(mode: str, seed: int, options: argparse.Namespace) -> comparison.Outcome:
-    """Serve one workload in one mode."""
+def start(mode: str, seed: int, sequences: int, options: argparse.Namespace) -> comparison.Serve:
+    """Make a server in a mode."""
     import serve_sglang
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one is the copies'
-    items = workloads.items(options, seed)
-    chosen = settings(mode, seed, len(items))
+    chosen = comparison.settings(mode, seed, sequences + serve_sglang.WARM)
     os.environ["KVSWITCH_CONFIG"] = json.dumps(chosen or {})
     scarce = mode in ("stock", "recompute", "kvswitch")
     by_priority = mode not in ("stock", "never")
@@ -66,8 +49,9 @@ def measure(mode: str, seed: int, options: argparse.Namespace) -> comparison.Out
         enable_priority_scheduling=by_priority,
         **({"retraction_policy": "priority"} if by_priority else {}),
     )
-    return serve_sglang.serve(server, items)
+    serve_sglang.warm_up(server)
+    return functools.partial(serve_sglang.serve, server)
 
 
 if __name__ == "__main__":
-    comparison.main("sglang", MODES, measure)
+    comparison.main("sglang", MODES, start)

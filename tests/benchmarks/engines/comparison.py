@@ -1,7 +1,8 @@
 """The same workloads served in several modes, and what came of it side by side: for any engine.
 
-Each mode of each seed runs in a process of its own, modes in turn, so that what is compared shares
-the machine's state. Ratios are taken within a seed.
+Each mode of each seed runs in a process of its own, modes in turn and every other seed backwards,
+so that what is compared shares the machine's state. Ratios are taken within a seed. For differences
+of a few percent that is too coarse: `--rounds` keeps an engine of each mode (rounds.py).
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any, TypeAlias
 
 import numpy as np
+import rounds
+import workloads
 
-Figures = dict[str, float]
-Results = dict[str, dict[str, Figures]]  # by seed and mode
+Figures: TypeAlias = dict[str, float]
+Results: TypeAlias = dict[str, dict[str, Figures]]  # by seed and mode
 
 
 @dataclass
@@ -72,6 +76,25 @@ class Outcome:
             "stall": counted.get("stall_seconds", 0.0),
             "overhead_share": counted.get("overhead_seconds", 0.0) / self.seconds,
         }
+
+
+Serve: TypeAlias = Callable[[Sequence[workloads.Item]], Outcome]
+Start: TypeAlias = Callable[[str, int, int, argparse.Namespace], Serve]
+
+
+def settings(mode: str, seed: int, sequences: int) -> dict[str, Any] | None:
+    """kvswitch's settings in a mode, for so many sequences in all; None without it."""
+    if mode in ("stock", "never"):
+        return None
+    common: dict[str, Any] = {"host_memory": "1GiB", "epoch": 10, "quantum": 5}
+    if mode == "calm":
+        return common
+    return {
+        **common,
+        "preemption": "recompute" if mode == "recompute" else "switch",
+        "policy": "random",
+        "policy_settings": {"seed": seed, "sequences": sequences, "epochs": 2000},
+    }
 
 
 ROWS = {
@@ -159,11 +182,7 @@ def plot(results: Results, modes: Sequence[str], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(
-    engine: str,
-    modes: Mapping[str, str],
-    measure: Callable[[str, int, argparse.Namespace], Outcome],
-) -> None:
+def main(engine: str, modes: Mapping[str, str], start: Start) -> None:
     """Run what the command line asks for, print the table, write results.json and plot.png.
 
     Parameters
@@ -172,31 +191,42 @@ def main(
         Its distribution.
     modes : mapping
         Those there are, and what each is.
-    measure : callable
-        Serve the workload of a seed in a mode, in this process.
+    start : callable
+        Start the engine in a mode, in this process: the mode, a seed, how many sequences there will
+        be in all, the command line's options. What it returns serves workloads, one after another.
     """
     described = "; ".join(f"{mode}: {what}" for mode, what in modes.items())
     parser = argparse.ArgumentParser(description=f"Compare {engine} with and without kvswitch.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--modes", default="stock,recompute,kvswitch", help=described)
-    parser.add_argument("--workload", choices=["single", "turns"], default="single")
+    parser.add_argument("--workload", choices=["single", "turns", "short"], default="single")
     parser.add_argument("--requests", type=int, default=50)
     parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
     parser.add_argument("--dtype", default="bfloat16", help="float32 for identical tokens")
     parser.add_argument("--models", default=".venv/models", help="folder with smollm2")
     parser.add_argument("--output", default=f"bench-results/{engine}")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=0,
+        help="keep an engine of each mode, and a second one of the first mode as a control; let "
+        "them serve one small workload after another, in turns, so many times",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)  # MODE:SEED, in this process
     options = parser.parse_args()
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     if options.one:
         mode, seed = options.one.split(":")
-        outcome = measure(mode, int(seed), options)
+        items = workloads.items(options, int(seed))
+        outcome = start(mode, int(seed), len(items), options)(items)
         (folder / f"tokens-{mode}-{seed}.json").write_text(json.dumps(outcome.tokens))
         (folder / f"run-{mode}-{seed}.json").write_text(json.dumps(outcome.figures()))
         sys.stdout.flush()
         os._exit(0)  # an engine's own threads and sockets need not be waited for
+    if 0 < options.rounds < 6:
+        parser.error("fewer than 6 rounds say nothing with 95% confidence")
     chosen = options.modes.split(",")
     if unknown := set(chosen) - set(modes):
         parser.error(f"no mode {', '.join(sorted(unknown))}; there are {', '.join(modes)}")
@@ -208,9 +238,15 @@ def main(
         engine: version(engine),
         "options": {k: v for k, v in vars(options).items() if k not in ("one", "output")},
     }
+    if options.rounds:
+        ratios = rounds.play(start, chosen, options, folder / "log")
+        (folder / "rounds.json").write_text(json.dumps({**about, "seconds": ratios}, indent=1))
+        print(rounds.report(ratios))
+        print(f"\n{about['date']}, {about['machine']}, {engine} {about[engine]}")
+        return
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         runs = {}
-        for mode in chosen:
+        for mode in chosen if seed % 2 == 0 else reversed(chosen):
             print(f"seed {seed}, {mode} ...", file=sys.stderr, flush=True)
             command = [sys.executable, *sys.argv, "--one", f"{mode}:{seed}"]
             with (folder / "log").open("a") as log:

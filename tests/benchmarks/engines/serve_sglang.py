@@ -15,16 +15,21 @@ from workloads import Item
 sys.path.insert(0, str(Path(__file__).parents[2] / "engines/sglang"))
 from harness import Server
 
-__all__ = ["Server", "serve"]
+__all__ = ["WARM", "Server", "serve", "warm_up"]
 
+WARM = 2  # requests of `warm_up`
 _PATIENCE = 2000  # passes without a new token
+
+
+def warm_up(server: Server) -> None:
+    """What is compiled or allocated once is not measured."""
+    for length in (600, 1):
+        server.run([server.submit(f"warm{length}", [7] * length, 4, priority=0)])
+    server.scheduler.flush_cache()
 
 
 def serve(server: Server, items: Sequence[Item]) -> Outcome:
     """Serve `items` as they come."""
-    for length in (600, 1):  # what is compiled or allocated once is not measured
-        server.run([server.submit(f"warm{length}", [7] * length, 4, priority=0)])
-    server.scheduler.flush_cache()
     counted = _counters(server)
     outcome = Outcome()
     waiting = sorted((i for i in items if i.after is None), key=lambda item: item.arrival)

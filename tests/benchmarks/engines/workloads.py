@@ -43,16 +43,24 @@ def items(options: argparse.Namespace, seed: int) -> list[Item]:
     """Return the workload that a command line asks for."""
     if options.workload == "turns":
         return conversations(seed)
+    if options.workload == "short":
+        return single_turns(seed, options.requests, options.rate, (60, 200), (30, 60))
     return single_turns(seed, options.requests, options.rate)
 
 
-def single_turns(seed: int, requests: int, rate: float) -> list[Item]:
-    """Requests of 200 to 1000 prompt and 40 to 250 output tokens, Poisson arrivals."""
+def single_turns(
+    seed: int,
+    requests: int,
+    rate: float,
+    prompts: tuple[int, int] = (200, 1000),
+    outputs: tuple[int, int] = (40, 250),
+) -> list[Item]:
+    """Requests with so many prompt and output tokens, Poisson arrivals."""
     rng = np.random.default_rng(seed)
     lengths = [
         (prompt, output)
         for turn, prompt, output in _turns()
-        if turn == 0 and 200 <= prompt <= 1000 and 40 <= output <= 250
+        if turn == 0 and prompts[0] <= prompt <= prompts[1] and outputs[0] <= output <= outputs[1]
     ]
     arrivals = np.cumsum(rng.exponential(1 / rate, requests))
     chosen = rng.integers(0, len(lengths), requests)
