@@ -60,21 +60,33 @@ class CachedBlocks:
         self._older_view[ids] = -1
         self.blocks -= len(ids)
 
-    def pop(self, count: int) -> BlockIds:
-        """Take out the `count` oldest, or all if there are fewer, and return them sorted."""
-        count = min(count, self.blocks)
-        ids = np.fromiter(self._oldest(count), np.int32, count)
-        if count:
+    def pop(self, count: int, *, more: int = 0) -> BlockIds:
+        """Take out the `count` oldest, or all if there are fewer, and return them sorted.
+
+        Parameters
+        ----------
+        count : int
+            At least 1.
+        more : int
+            A rest of this length or less goes, too, if in memory it lies right before the last of
+            those: what is left in the order would be of little use.
+        """
+        ids = np.fromiter(self._oldest(count + more + 1), np.int32)
+        if len(ids) > count:
+            apart = np.flatnonzero(ids[count:] != ids[count - 1 : -1] - 1)
+            rest = int(apart[0]) if len(apart) else len(ids) - count
+            ids = ids[: count + rest if rest <= more else count]
+        if len(ids):
             self._link(self._ring, self._newer[int(ids[-1])])
             self._newer_view[ids] = -1
             self._older_view[ids] = -1
-            self.blocks -= count
+            self.blocks -= len(ids)
             ids.sort()
         return ids
 
     def ids(self) -> BlockIds:
         """Return all cached blocks, oldest first."""
-        return np.fromiter(self._oldest(self.blocks), np.int32, self.blocks)
+        return np.fromiter(self._oldest(self.blocks), np.int32)
 
     def check_integrity(self) -> None:
         """Walk the ring both ways; raises IntegrityError."""
@@ -94,6 +106,6 @@ class CachedBlocks:
 
     def _oldest(self, count: int) -> Iterator[int]:
         block = self._ring
-        for _ in range(count):
+        for _ in range(min(count, self.blocks)):
             block = self._newer[block]
             yield block

@@ -198,12 +198,12 @@ class SimEngine:
 
     def _step(self) -> None:
         due, now = self._due, self.now
+        begin = process_time()
         while due and due[0][0] <= now:
             at, i = heapq.heappop(due)
             self._begin_turn(self._all[i], at)
         if self._limits.epoch_seconds is not None:
             self._tick(self._limits.epoch_seconds)
-        begin = process_time()
         memory, scheduler = self._memory, self._scheduler
         decision = scheduler.schedule(memory.available())
         if scheduler.current_epoch != self._epoch:
@@ -222,7 +222,10 @@ class SimEngine:
         self.overhead += process_time() - begin
         ready = memory.switch(self.now, self._last_step)
         stall, self.now = ready - self.now, ready
-        for sequence, tokens in memory.landed().items():
+        begin = process_time()
+        landed = memory.landed()
+        self.overhead += process_time() - begin
+        for sequence, tokens in landed.items():
             self._land(self._all[sequence], tokens)
         if self._decoding or self._prefilling:
             self._forward(now, stall)
@@ -400,8 +403,6 @@ class SimEngine:
             tokens_made += self._prefill(c, tokens)
         self.inversion.observe(now - begin, self._scheduler)
         recorder.iteration(
-            begin=begin,
-            end=now,
             stall=stall,
             step=step,
             tokens=tokens_made,
@@ -450,6 +451,7 @@ class SimEngine:
 
     def _end_turn(self, c: _Conversation) -> None:
         """A turn is over; the last token has been made, but not been computed on."""
+        begin = process_time()
         self.recorder.turns += 1
         self._scheduler.remove(c.id)
         del self._running[c.id]
@@ -458,11 +460,12 @@ class SimEngine:
         c.turn += 1
         if c.turn == len(c.script.turns):
             self._memory.free(c.id, c.computed)
-            return
-        if not self._memory.end_turn(c.id, c.computed):
-            c.started = False
-            c.computed = 0
-        heapq.heappush(self._due, (c.script.next_turn(c.turn, self.now), c.id))
+        else:
+            if not self._memory.end_turn(c.id, c.computed):
+                c.started = False
+                c.computed = 0
+            heapq.heappush(self._due, (c.script.next_turn(c.turn, self.now), c.id))
+        self.overhead += process_time() - begin
 
     def _wait(self, begin: float, stall: float) -> None:
         """Let time pass until something lands or somebody comes."""
@@ -470,6 +473,8 @@ class SimEngine:
         event = min([self._memory.link.next_end(), *(arrival for arrival, _ in self._due[:1])])
         if event == NEVER:
             raise RuntimeError(f"stuck after {self.now} s: nothing runs, moves or comes")
+        if self._running:  # whoever has blocks waits for their content
+            stall += max(0.0, event - self.now)
         self.now = max(self.now, event)
         self.inversion.observe(self.now - begin, self._scheduler)
         self.recorder.idle(stall)

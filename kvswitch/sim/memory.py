@@ -172,14 +172,17 @@ class SwitchMemory:
         orders = planner.orders()
         self.overhead += process_time() - begin
         for transfer in orders.transfers:
-            if self._inline:
-                now += link.pricing.dispatch_seconds(transfer)
             link.submit(transfer, now)
+            if self._inline:  # copies go on meanwhile
+                now += link.pricing.dispatch_seconds(transfer)
         link.cancel(orders.cancel, now)
         if not orders.wait:
             return now
         while (ready := link.end_of(orders.wait)) == NEVER:
-            planner.observe(link.advance(link.next_end()))
+            observed = link.advance(link.next_end())
+            begin = process_time()
+            planner.observe(observed)
+            self.overhead += process_time() - begin
         return max(now, ready)
 
     def landed(self) -> dict[Hashable, int]:

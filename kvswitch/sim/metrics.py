@@ -32,8 +32,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         By quantile, "0.99" and so on, and "max".
     stall, stall_share : float
         Time in which the batch waited for swapping, and its share of the makespan.
-    latency, swap_latency : dict
-        Duration of an iteration by quantile, and the stall in it (mean around that quantile).
+    latency : dict
+        Duration of an iteration by quantile.
+    swap_latency, step_latency : dict
+        Stall and forward of the iterations around that quantile, in the mean.
     waiting : dict
         Share of the batch that waits for its KV cache, by quantile over iterations.
     interval_rate : dict
@@ -69,6 +71,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     stall_share: float
     latency: dict[str, float]
     swap_latency: dict[str, float]
+    step_latency: dict[str, float]
     waiting: dict[str, float]
     interval_rate: dict[str, float]
     inversion: float
@@ -125,8 +128,6 @@ class Recorder:
     def iteration(
         self,
         *,
-        begin: float,
-        end: float,
         stall: float,
         step: float,
         tokens: int,
@@ -177,6 +178,7 @@ class Recorder:
             stall_share=stall / makespan if makespan else 0.0,
             latency=latency,
             swap_latency=_around(durations, stalls),
+            step_latency=_around(durations, durations - stalls),
             waiting=_quantiles(np.array(self._waiting)),
             interval_rate=_quantiles(_rates(np.array(self._tokens, np.float64), durations)),
             inversion=inversion[0],
@@ -219,9 +221,9 @@ def _weighted(values: FloatArray, weights: FloatArray) -> dict[str, float]:
     return named | {"max": float(values.max()) if len(values) else 0.0}
 
 
-def _around(durations: FloatArray, stalls: FloatArray) -> dict[str, float]:
-    """Mean stall of the iterations whose duration lies around each quantile."""
-    by_duration = stalls[np.argsort(durations)]
+def _around(durations: FloatArray, values: FloatArray) -> dict[str, float]:
+    """Mean value of the iterations whose duration lies around each quantile."""
+    by_duration = values[np.argsort(durations, kind="stable")]
     size = len(by_duration)
 
     def mean(q: float) -> float:

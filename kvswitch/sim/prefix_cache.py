@@ -3,7 +3,7 @@
 Full blocks that nobody uses any more keep their content until they are given out again, least
 recently freed first, the last blocks of a sequence before its first. Whoever comes back finds what
 is left of its prefix. With offloading, full blocks are also copied to the host as soon as they are
-computed, a copy for each block and layer, and loaded from there.
+computed, a copy for each block, layer, and K or V, and loaded from there.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class PrefixCacheMemory:
         self, system: System, link: VirtualLink, *, blocks: int, host_blocks: int, block_tokens: int
     ) -> None:
         self.link = link
-        self._arriving: dict[Hashable, tuple[int, int]] = {}  # transfer, tokens
+        # Transfer, tokens when it has landed, blocks that were there before.
+        self._arriving: dict[Hashable, tuple[int, int, int]] = {}
         self.overhead = 0.0
         self.stats = SwapStats()
         self._blocks = blocks
@@ -109,7 +110,7 @@ class PrefixCacheMemory:
             transfer = self._plan(Direction.IN, there - here, after)
             self.stats.blocks_in += there - here
             self.stats.copies_in += there - here
-            self._arriving[sequence] = (transfer.id, blocks * self._block_tokens)
+            self._arriving[sequence] = (transfer.id, blocks * self._block_tokens, here)
         return blocks * self._block_tokens
 
     def grow(self, sequence: Hashable, tokens: int, expected: int) -> int:
@@ -186,8 +187,9 @@ class PrefixCacheMemory:
 
     def _leave(self, sequence: Hashable, tokens: int) -> None:
         held = self._held.pop(sequence)
-        self._arriving.pop(sequence, None)
         full = min(tokens // self._block_tokens, held)
+        if sequence in self._arriving:
+            full = min(full, self._arriving.pop(sequence)[2])
         self._cached.put(sequence, full)
         self._free += held - full
 
@@ -222,7 +224,7 @@ class PrefixCacheMemory:
             return
         self._moving.difference_update(completed)
         ended = set(completed)
-        for sequence, (transfer, tokens) in list(self._arriving.items()):
+        for sequence, (transfer, tokens, _) in list(self._arriving.items()):
             if transfer in ended:
                 del self._arriving[sequence]
                 self._landed[sequence] = tokens

@@ -107,17 +107,23 @@ class Model(_Sourced, frozen=True, forbid_unknown_fields=True, kw_only=True):
         )
 
     @property
-    def linear_parameters(self) -> int:
-        """Parameters that every token is multiplied with: layers and the output matrix."""
+    def layer_parameters(self) -> int:
+        """Parameters that every token is multiplied with."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         mlp = 3 * self.hidden * self.intermediate
-        return self.layers * (attention + mlp) + self.vocabulary * self.hidden
+        return self.layers * (attention + mlp)
+
+    @property
+    def output_parameters(self) -> int:
+        """Parameters of the output matrix, which only the last token of a sequence needs."""
+        return self.vocabulary * self.hidden
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         embedding = 0 if self.tied else self.vocabulary * self.hidden
-        return (self.linear_parameters + embedding) * _BYTES_PER_VALUE
+        parameters = self.layer_parameters + self.output_parameters + embedding
+        return parameters * _BYTES_PER_VALUE
 
     @property
     def kv_bytes(self) -> int:

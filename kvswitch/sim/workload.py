@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -76,11 +78,20 @@ class Script:
 
 @dataclass(frozen=True)
 class Workload:
-    """Conversations to be served, and how many were left out: they exceed the model's context."""
+    """Conversations to be served.
+
+    Attributes
+    ----------
+    excluded : int
+        How many were left out: they exceed the model's context.
+    single : int
+        How many of those to be drawn from have one turn, and were not drawn.
+    """
 
     name: str
     scripts: list[Script]
     excluded: int = 0
+    single: int = 0
 
     @property
     def turns(self) -> int:
@@ -92,10 +103,14 @@ class Workload:
         """Tokens to be generated in all."""
         return sum(output for script in self.scripts for _, output in script.turns)
 
+    @property
+    def span(self) -> float:
+        """Seconds in which conversations begin."""
+        return max(script.arrival for script in self.scripts)
+
     def offered(self) -> float:
         """Output tokens that are asked for per second of arrivals."""
-        span = max(script.arrival for script in self.scripts)
-        return self.output_tokens / span if span else float("inf")
+        return self.output_tokens / self.span if self.span else float("inf")
 
 
 def sample(
@@ -120,7 +135,8 @@ def sample(
         Conversations to draw, before those over `context` are left out: so the draw does not
         depend on the model.
     rate : float
-        Conversations that begin, or turns, a second (see `reading`).
+        Conversations that begin, or turns, a second (see `reading`), of those that are not left
+        out.
     think : float
         Mean seconds from an answer to the next turn, exponentially distributed.
     context : int
@@ -147,21 +163,27 @@ def sample(
     gaps = rng.exponential(1.0, count)
     chosen = [[(max(1, p), max(1, o)) for p, o in many[pick]] for pick in picked]
     thinks = [rng.exponential(1.0, len(turns) - 1) * think for turns in chosen]
+    fit = [i for i, turns in enumerate(chosen) if sum(map(sum, turns)) <= context]
+    _check_some(name, fit, context)
     if reading == "turns":
-        rate /= sum(map(len, chosen)) / count
-    arrivals = np.cumsum(gaps) / rate
+        rate /= sum(len(chosen[i]) for i in fit) / len(fit)
+    arrivals = np.cumsum(gaps[fit]) / rate
     scripts = [
-        Script(at, turns, pauses.tolist())
-        for at, turns, pauses in zip(arrivals.tolist(), chosen, thinks, strict=True)
+        Script(at, chosen[i], thinks[i].tolist())
+        for at, i in zip(arrivals.tolist(), fit, strict=True)
     ]
-    return _fitting(name, scripts, context)
+    return Workload(name, scripts, excluded=count - len(fit), single=len(lengths) - len(many))
 
 
 def _fitting(name: str, scripts: list[Script], context: int) -> Workload:
     fit = [script for script in scripts if script.tokens <= context]
+    _check_some(name, fit, context)
+    return Workload(name, fit, excluded=len(scripts) - len(fit))
+
+
+def _check_some(name: str, fit: Sequence[object], context: int) -> None:
     if not fit:
         raise ConfigError(f"{name}: every conversation exceeds the context of {context} tokens")
-    return Workload(name, fit, excluded=len(scripts) - len(fit))
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -188,13 +210,11 @@ def load_lengths(path: Path | None = None) -> Lengths:
         rows = csv.DictReader(text.decode().splitlines())
         conversations: dict[str, list[tuple[int, int]]] = {}
         for row in rows:
-            lengths = int(row["prompt_tokens"]), int(row["output_tokens"])
-            if min(lengths) < 0:
-                raise ValueError(f"negative tokens {lengths}")
+            lengths = _count(row, "prompt_tokens"), _count(row, "output_tokens")
             conversations.setdefault(row["conversation"], []).append(lengths)
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ConfigError(f"cannot read conversation lengths {source}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ConfigError(
             f"{source}, line {rows.line_num}: expected conversation, turn, prompt_tokens, "
             f"output_tokens ({error})"
@@ -266,12 +286,10 @@ def load_azure(path: Path, context: int) -> Workload:
     begin: datetime | None = None
     for line, row in _csv_rows(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens")):
         try:
-            time = datetime.fromisoformat(row["TIMESTAMP"][:26])
-            tokens = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            time = _moment(row["TIMESTAMP"])
+            tokens = _count(row, "ContextTokens"), _count(row, "GeneratedTokens")
         except ValueError as error:
             raise ConfigError(f"{path}, line {line}: {error}") from error
-        if min(tokens) < 0:
-            raise ConfigError(f"{path}, line {line}: ContextTokens and GeneratedTokens are counts")
         begin = begin or time
         at = (time - begin).total_seconds()
         if scripts and at < scripts[-1].arrival:
@@ -282,6 +300,25 @@ def load_azure(path: Path, context: int) -> Workload:
     return _fitting(path.name, scripts, context)
 
 
+def _count(row: Mapping[str, str], column: str) -> int:
+    try:
+        count = int(row[column])
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"{column} must be a count, got {row[column]!r}")
+    return count
+
+
+def _moment(text: str) -> datetime:
+    """A time as in Azure's traces: with seven digits behind the point, and perhaps a zone (UTC)."""
+    match = re.fullmatch(r"([-\d]+[ T][:\d]+(?:\.\d{1,6})?)\d*(?:Z|\+00:?00)?", text.strip())
+    try:
+        return datetime.fromisoformat(match[1] if match else text).replace(tzinfo=None)
+    except ValueError as error:
+        raise ValueError(f"TIMESTAMP: {error}") from error
+
+
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         rows = csv.DictReader(path.read_text().splitlines())
@@ -290,10 +327,13 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
     missing = [column for column in columns if column not in (rows.fieldnames or [])]
     if missing:
         raise ConfigError(f"{path}, line 1: there is no column {missing[0]}")
-    for row in rows:
-        if any(row[column] is None for column in columns):
-            raise ConfigError(f"{path}, line {rows.line_num}: expected {', '.join(columns)}")
-        yield rows.line_num, row
+    try:
+        for row in rows:
+            if any(row[column] is None for column in columns):
+                raise ConfigError(f"{path}, line {rows.line_num}: expected {', '.join(columns)}")
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise ConfigError(f"{path}, line {rows.line_num}: {error}") from error
 
 
 class _MooncakeRequest(msgspec.Struct):
@@ -311,8 +351,9 @@ the same system prompt in all of them."""
 def load_mooncake(path: Path, context: int) -> Workload:
     """Read a Mooncake trace (JSON lines: timestamp in ms, lengths, hash ids of 512-token blocks).
 
-    A request continues the conversation whose last request's blocks, all but the last (partial)
-    one, its own begin with; its prompt is then what lies behind that request's tokens.
+    Times count from the first request. A request continues the conversation whose last request's
+    blocks, all but the last (partial) one, its own begin with; its prompt is then what lies behind
+    that request's tokens.
 
     Raises
     ------
@@ -325,10 +366,15 @@ def load_mooncake(path: Path, context: int) -> Workload:
         raise ConfigError(f"cannot read {path}: {error}") from error
     ending: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
     conversations: list[list[tuple[float, int, int]]] = []
+    first = last = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         request = _mooncake_request(path, number, line)
+        first = request.timestamp if first is None else first
+        if last is not None and request.timestamp < last:
+            raise ConfigError(f"{path}, line {number}: timestamp lies before the line above it")
+        last = request.timestamp
         ids = tuple(request.hash_ids)
         begun = None
         for size in range(len(ids), _SHARED_ROOT - 1, -1):
@@ -338,7 +384,8 @@ def load_mooncake(path: Path, context: int) -> Workload:
         if begun is None:
             begun = []
             conversations.append(begun)
-        begun.append((request.timestamp / 1000, request.input_length, request.output_length))
+        at = (request.timestamp - first) / 1000
+        begun.append((at, request.input_length, request.output_length))
         ending[ids[:-1]] = begun
     if not conversations:
         raise ConfigError(f"{path}: there is no request in it")

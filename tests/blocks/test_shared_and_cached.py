@@ -177,6 +177,19 @@ def test_cached_content_is_spared_while_other_blocks_suffice() -> None:
     pool.check_integrity()
 
 
+def test_a_short_rest_of_a_run_is_given_up_with_it() -> None:
+    """Ten blocks are needed: of a run of 13 all go, of one of 30 only ten."""
+    for cached, left in ((13, 0), (30, 20)):
+        pool = BlockGroupPool(100)
+        pool.allocate("old", cached, expected=cached)
+        pool.allocate("others", 100 - cached)
+        pool.free("old", cached=True)
+        pool.allocate("new", 10, expected=10)
+        assert pool.groups().cached == left
+        assert pool.table("new").tolist() == list(range(left, left + 10))
+        pool.check_integrity()
+
+
 def test_a_prefix_hit_makes_blocks_young_again() -> None:
     pool = BlockGroupPool(20)
     pool.allocate("a", 10, expected=10)

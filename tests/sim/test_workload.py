@@ -44,13 +44,15 @@ def test_what_exceeds_the_context_is_left_out_and_counted() -> None:
     everything, fitting = drawn(context=100_000), drawn(context=9_000)
     long = [script for script in everything.scripts if script.tokens > 9_000]
     assert fitting.excluded == len(long) > 0
-    assert fitting.scripts == [s for s in everything.scripts if s.tokens <= 9_000]
+    kept = [s for s in everything.scripts if s.tokens <= 9_000]
+    assert [(s.turns, s.pauses) for s in fitting.scripts] == [(s.turns, s.pauses) for s in kept]
     with pytest.raises(ConfigError, match="every conversation exceeds the context of 3 tokens"):
         drawn(context=3)
 
 
-def test_rates_count_conversations_or_turns() -> None:
-    conversations, turns = drawn(context=100_000), drawn(context=100_000, reading="turns")
+@pytest.mark.parametrize("context", [100_000, 8_192])
+def test_rates_count_conversations_or_turns_of_those_that_fit(context: int) -> None:
+    conversations, turns = drawn(context=context), drawn(context=context, reading="turns")
     span = conversations.scripts[-1].arrival
     assert len(conversations.scripts) / span == pytest.approx(2.0, rel=0.15)
     assert turns.turns / turns.scripts[-1].arrival == pytest.approx(2.0, rel=0.15)
@@ -141,7 +143,11 @@ def test_azure_requests_are_conversations_of_one_turn(tmp_path: Path) -> None:
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1\n", "line 2"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1,-2\n", "line 2"),
         ("a.csv", "conversation,turn,prompt_tokens,output_tokens\n0,0,17,x\n", r"line 2.*'x'"),
-        ("a.csv", "conversation,turn,prompt_tokens,output_tokens\n0,0,17,-1\n", r"line 2.*neg"),
+        (
+            "a.csv",
+            "conversation,turn,prompt_tokens,output_tokens\n0,0,17,-1\n",
+            r"line 2.*output_tokens must be a count",
+        ),
         ("a.csv", "conversation,turn,prompt_tokens,output_tokens\n", "no conversation"),
         ("a.json", "{}", "expected a list"),
         ("a.json", "[", "cannot read"),

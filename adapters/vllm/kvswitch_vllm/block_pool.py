@@ -25,7 +25,8 @@ class GroupQueue:
     """vLLM's ``FreeKVCacheBlockQueue`` on block groups.
 
     Blocks whose content may still be hit (they have a hash) are given out after all others, least
-    recently freed first, as vLLM does.
+    recently freed first, as vLLM does. Not so those whose content has gone to the host as well: to
+    overwrite them costs a copy at most, and they make long runs.
 
     Parameters
     ----------
@@ -49,6 +50,7 @@ class GroupQueue:
         self._blocks = blocks
         self._groups = BlockGroupPool(len(blocks), first_group=first_group, headroom=headroom)
         self._taken: list[int] = []  # hit in the prefix cache, not yet told to the groups
+        self._copied: set[int] = set()  # in use now, and the host has their content
         self.request: Hashable | None = None
         idle = [block.block_id for block in free]
         used = np.setdiff1d(np.arange(len(blocks), dtype=np.int32), np.array(idle, np.int32))
@@ -92,11 +94,20 @@ class GroupQueue:
 
     def append_n(self, blocks: Sequence[Any]) -> None:
         """Give blocks back whose content may still be hit, the first to be used again first."""
+        if self._copied:
+            copied = [block for block in blocks if block.block_id in self._copied]
+            blocks = [block for block in blocks if block.block_id not in self._copied]
+            self._copied.difference_update(block.block_id for block in copied)
+            self._free(copied, cached=False)
         self._free(blocks, cached=True)
 
     def prepend_n(self, blocks: Sequence[Any]) -> None:
         """Give blocks back that mean nothing any more."""
         self._free(blocks, cached=False)
+
+    def copied(self, ids: Iterable[int]) -> None:
+        """Note that the host has, or will have, the content of blocks that are about to be free."""
+        self._copied.update(ids)
 
     def _free(self, blocks: Sequence[Any], *, cached: bool) -> None:
         if not blocks:
@@ -121,6 +132,7 @@ class GroupQueue:
 
     def forget_content(self) -> None:
         """No free block's content can be hit any more."""
+        self._copied.clear()
         self._groups.forget_cached(np.arange(len(self._blocks), dtype=np.int32))
 
     def forget_request(self, request: Hashable) -> None:

@@ -87,8 +87,9 @@ def _changed(profile: _P, constants: tuple[tuple[str, float], ...]) -> _P:
     return msgspec.structs.replace(profile, **fields)
 
 
-# What results depend on, beside the job: folders of the core, and the simulator's own files.
+# What results depend on, beside the job: folders and files of the core, and the simulator's own.
 _CORE = ("blocks", "copies", "switch", "scheduling")
+_CORE_FILES = ("messages.py", "transfer/plan.py", "sim/evaluation/jobs.py")
 _SIMULATOR = (
     *("profiles", "cost", "link", "workload", "systems"),
     *("memory", "prefix_cache", "engine", "metrics", "run"),
@@ -106,6 +107,7 @@ def _code() -> str:
         for file in sorted((root / folder).iterdir(), key=lambda entry: entry.name)
         if file.name.endswith(".py")
     ]
+    paths += [root / name for name in _CORE_FILES]
     paths += [root / "sim" / f"{name}.py" for name in _SIMULATOR]
     paths += [root / "sim" / "data" / name for name in _DATA]
     digest = hashlib.sha256()

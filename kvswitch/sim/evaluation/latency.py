@@ -34,10 +34,6 @@ from kvswitch.sim.workload import Reading, load_lengths, sample
 __all__ = ["figure1", "figure2", "figure4", "figure8"]
 
 
-def _inference(q: float) -> Measure:
-    return lambda r: r.latency[str(q)] - r.swap_latency[str(q)]
-
-
 def figure1(book: Book) -> Figure:
     """Latency breakdown by percentile."""
     rows, plots = [], []
@@ -53,12 +49,18 @@ def figure1(book: Book) -> Figure:
             Row(
                 f"swap stall / inference time at P99, {unit}",
                 SINGLE["stall_share_p99"],
-                known([book.value(job, lambda r: r.swap_latency["0.99"] / _inference(0.99)(r))]),
+                known([book.value(job, lambda r: r.swap_latency["0.99"] / r.step_latency["0.99"])]),
             ),
             Row(
                 f"iteration / inference time at P99.9, {unit}",
                 SINGLE["latency_p999"],
-                known([book.value(job, lambda r: r.latency["0.999"] / _inference(0.999)(r))]),
+                known(
+                    [
+                        book.value(
+                            job, lambda r: 1 + r.swap_latency["0.999"] / r.step_latency["0.999"]
+                        )
+                    ]
+                ),
             ),
         ]
         plots.append(
@@ -68,7 +70,7 @@ def figure1(book: Book) -> Figure:
                 "seconds",
                 [f"P{q * 100:g}" for q in QUANTILES],
                 {
-                    "inference": [book.value(job, _inference(q)) for q in QUANTILES],
+                    "inference": [book.value(job, at("step_latency", q)) for q in QUANTILES],
                     "swap stall": [book.value(job, at("swap_latency", q)) for q in QUANTILES],
                 },
                 kind="bars",
@@ -78,7 +80,8 @@ def figure1(book: Book) -> Figure:
         "figure1",
         "Figure 1: latency breakdown across percentiles",
         "vLLM with swapping, LLaMA-8B on an A10, 1,000 conversations, priorities (Markov) updated "
-        "every 100 iterations. The stall is the mean around the percentile of the iteration.",
+        "every 100 iterations. Stall and inference time are means over the iterations around that "
+        "percentile.",
         rows,
         plots=plots,
     )
@@ -146,6 +149,7 @@ def figure4(book: Book) -> Figure:
                     str(len(w.scripts)),
                     str(w.excluded),
                     f"{w.turns / len(w.scripts):.1f}",
+                    f"{w.turns / w.span:.2f}",
                     f"{w.offered():,.0f}",
                     "-" if fast is None else f"{w.offered() / fast:.2f}",
                 ]
@@ -169,6 +173,7 @@ def figure4(book: Book) -> Figure:
                     "conversations",
                     "left out",
                     "turns each",
+                    "turns/s",
                     "output tokens/s asked",
                     "utilisation",
                 ],

@@ -124,12 +124,19 @@ def _link(label: str, **constants: float) -> Variant:
     return Variant(label, (("link", tuple(constants.items())),))
 
 
+def _ours(label: str, **constants: float) -> Variant:
+    return Variant(label, (("link", tuple(constants.items())),), only=OURS)
+
+
 VARIANTS = (
     _link("dispatch 2.3 us a copy (10)", loop_dispatch=2.3),
     Variant("think 0 s (10)", (("think", 0.0),)),
     _link("dispatch 5 us a copy (10)", loop_dispatch=5.0),
     _link("dispatch 15 us a copy (10)", loop_dispatch=15.0),
     _link("link 20 GB/s (25)", bandwidth=20.0),
+    _ours("kvswitch: dispatch 2 us a copy (0.65)", batch_dispatch=2.0),
+    _ours("kvswitch: a copy costs 4.8 us beside its bytes (0.13)", batch_copy=4.8),
+    _ours("kvswitch: 50 us between windows (10)", window_gap=50.0),
     _engine("memory bandwidth used 60% (75)", bandwidth_utilisation=0.6),
     _engine("memory bandwidth used 85% (75)", bandwidth_utilisation=0.85),
     _engine("FLOPS used 40% (60)", flops_utilisation=0.4),

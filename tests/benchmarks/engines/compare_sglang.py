@@ -33,7 +33,7 @@ def start(mode: str, seed: int, sequences: int, options: argparse.Namespace) -> 
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one is the copies'
-    chosen = comparison.settings(mode, seed, sequences + serve_sglang.WARM)
+    chosen = comparison.settings(mode, seed, sequences + serve_sglang.WARM, options)
     os.environ["KVSWITCH_CONFIG"] = json.dumps(chosen or {})
     scarce = mode in ("stock", "recompute", "kvswitch")
     by_priority = mode not in ("stock", "never")

@@ -31,7 +31,7 @@ def start(mode: str, seed: int, sequences: int, options: argparse.Namespace) -> 
     llm = serve_vllm.make_llm(
         str(Path(options.models, "smollm2")),
         blocks=BLOCKS if mode in ("stock", "recompute", "kvswitch") else None,
-        settings=comparison.settings(mode, seed, sequences),
+        settings=comparison.settings(mode, seed, sequences, options),
         dtype=options.dtype,
     )
     return functools.partial(serve_vllm.serve, llm)

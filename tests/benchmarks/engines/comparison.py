@@ -82,11 +82,13 @@ Serve: TypeAlias = Callable[[Sequence[workloads.Item]], Outcome]
 Start: TypeAlias = Callable[[str, int, int, argparse.Namespace], Serve]
 
 
-def settings(mode: str, seed: int, sequences: int) -> dict[str, Any] | None:
+def settings(
+    mode: str, seed: int, sequences: int, options: argparse.Namespace
+) -> dict[str, Any] | None:
     """kvswitch's settings in a mode, for so many sequences in all; None without it."""
     if mode in ("stock", "never"):
         return None
-    common: dict[str, Any] = {"host_memory": "1GiB", "epoch": 10, "quantum": 5}
+    common: dict[str, Any] = {"host_memory": "1GiB", "epoch": options.epoch, "quantum": 5}
     if mode == "calm":
         return common
     return {
@@ -203,6 +205,7 @@ def main(engine: str, modes: Mapping[str, str], start: Start) -> None:
     parser.add_argument("--workload", choices=["single", "turns", "short"], default="single")
     parser.add_argument("--requests", type=int, default=50)
     parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
+    parser.add_argument("--epoch", type=int, default=10, help="iterations between priorities")
     parser.add_argument("--dtype", default="bfloat16", help="float32 for identical tokens")
     parser.add_argument("--models", default=".venv/models", help="folder with smollm2")
     parser.add_argument("--output", default=f"bench-results/{engine}")
