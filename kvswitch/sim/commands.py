@@ -48,7 +48,11 @@ _COLUMNS = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     show_default=True,
     help="Simulations at a time.",
 )
-@click.option("--no-run", is_flag=True, help="Report on the results there are; run nothing.")
+@click.option(
+    "--no-run",
+    is_flag=True,
+    help="Report on the results there are; only the check against the demo is simulated.",
+)
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
@@ -154,7 +158,12 @@ _QUESTIONED = ("vllm-v1", "vllm-v1-offload", "kvswitch")
     "by default the ShareGPT lengths that come with the package.",
 )
 @click.option("--model", default="llama-8b", show_default=True, help="A name, or a config.json.")
-@click.option("--gpu", default="a10", show_default=True)
+@click.option(
+    "--gpu",
+    default="a10",
+    show_default=True,
+    help="One of: " + ", ".join(load_profiles().gpu) + ".",
+)
 @click.option(
     "--link", type=click.Path(path_type=Path), help="Table written by `kvswitch calibrate`."
 )
@@ -191,7 +200,7 @@ _QUESTIONED = ("vllm-v1", "vllm-v1-offload", "kvswitch")
     type=click.FloatRange(0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Play a trace with times so many times faster.",
+    help="Play a trace with times of its own so many times faster.",
 )
 @click.option(
     "--pattern",
@@ -251,7 +260,11 @@ def simulate(
         "context": machine.model.context,
     }  # fmt: skip
     workload = load_trace(trace, **draw) if trace else sample(load_lengths(), **draw)
+    if speed != 1.0 and workload.drawn:
+        raise click.ClickException(f"{workload.name} has no times of its own: give --rate")
     workload = _fit(workload, machine, conversations, speed)
+    if output:
+        _check_writable(output)
     console.print(
         f"{machine.model.name} on {machine.gpu.name}: {machine.device_blocks:,} device blocks of "
         f"{machine.engine.block_tokens} tokens, {machine.host_blocks:,} on the host"
@@ -261,19 +274,24 @@ def simulate(
         f"{workload.output_tokens:,} output tokens, {workload.offered():,.0f} a second asked for; "
         f"{workload.excluded:,} left out (context of {machine.model.context:,} tokens, or memory)"
     )
+    if workload.single:
+        console.print(f"{workload.single:,} conversations of one turn were not drawn from.")
     priorities = Priorities(pattern, epoch, levels=_SETTING.levels, keep=_SETTING.keep)
     runs: dict[str, Result] = {}
     tables: dict[str, list[dict[str, float]]] = {}
+    known: dict[tuple[str, float, int], Result] = {}
     with Progress(TextColumn("{task.description:>24}"), *_COLUMNS, console=console) as progress:
 
         def run(label: str, name: str, of: Machine, when: Priorities) -> Result:
-            task = progress.add_task(label, total=workload.turns)
-            result = run_simulation(
-                find_system(name), workload.scripts, of, when, seed=seed,
-                on_progress=lambda turns: progress.update(task, completed=turns),
-            )  # fmt: skip
-            progress.update(task, completed=workload.turns)
-            return result
+            key = name, of.host_memory, when.epoch
+            if key not in known:
+                task = progress.add_task(label, total=workload.turns)
+                known[key] = run_simulation(
+                    find_system(name), workload.scripts, of, when, seed=seed,
+                    on_progress=lambda turns: progress.update(task, completed=turns),
+                )  # fmt: skip
+                progress.update(task, completed=workload.turns)
+            return known[key]
 
         for system in chosen:
             runs[system.name] = run(system.title, system.name, machine, priorities)
@@ -282,7 +300,7 @@ def simulate(
                 _row(
                     gb, run(f"{gb:g} GB", "kvswitch", replace(machine, host_memory=gb), priorities)
                 )
-                for gb in _around(host_memory)
+                for gb in _around(machine)
             ]
             tables["iterations between priority updates"] = [
                 _row(e, run(f"{e} iterations", "kvswitch", machine, replace(priorities, epoch=e)))
@@ -323,11 +341,20 @@ def _fit(workload: Workload, machine: Machine, conversations: int, speed: float)
             )
             for script in scripts
         ]
-    return Workload(workload.name, scripts, excluded)
+    return replace(workload, scripts=scripts, excluded=excluded)
 
 
-def _around(host_memory: float) -> list[float]:
-    return [round(host_memory * factor, 3) for factor in (0.1, 0.25, 0.5, 1.0, 2.0)]
+def _check_writable(output: Path) -> None:
+    try:
+        output.touch()
+    except OSError as error:
+        raise click.ClickException(f"cannot write {output}: {error}") from error
+
+
+def _around(machine: Machine) -> list[float]:
+    """Sizes of host memory, in GB, around the machine's; each holds a block at least."""
+    sizes = (machine.host_memory * factor for factor in (0.1, 0.25, 0.5, 1.0, 2.0))
+    return [size for size in sizes if size * 1e9 >= machine.block_bytes]
 
 
 def _row(value: float, result: Result) -> dict[str, float]:
@@ -381,22 +408,26 @@ def _print_sweep(console: Console, title: str, rows: list[dict[str, float]]) -> 
 
 _WORTH = 0.98
 """Share of the best throughput with which more of something is not worth having."""
+_LATER = 1.1
+"""Times the best TTFT P95 that are as good as the best."""
 
 
 def _advise(console: Console, tables: dict[str, list[dict[str, float]]]) -> None:
     memory, frequency = tables.values()
-    enough = _least(memory)
+    best = f"{_WORTH:.0%} of the best throughput and {_LATER:g} times the best TTFT P95"
+    enough = _first_as_good(memory)
     console.print(
-        f"Host memory: {enough['value']:g} GB reach {_WORTH:.0%} of the best throughput, with "
+        f"Host memory: {enough['value']:g} GB are enough for {best}, with "
         f"{enough['recomputed']:,.0f} tokens recomputed."
     )
-    often = _least(frequency)
-    console.print(
-        f"Priorities: updates every {often['value']:g} iterations cost at most "
-        f"{1 - _WORTH:.0%} of the best throughput."
-    )
+    often = _first_as_good(frequency)
+    console.print(f"Priorities: updates every {often['value']:g} iterations allow {best}.")
+    if enough is memory[0] and often is frequency[0]:
+        console.print("Both are the least that was tried: this load does not fill the device.")
 
 
-def _least(rows: list[dict[str, float]]) -> dict[str, float]:
-    best = max(row["throughput"] for row in rows)
-    return next(row for row in rows if row["throughput"] >= _WORTH * best)
+def _first_as_good(rows: list[dict[str, float]]) -> dict[str, float]:
+    throughput = _WORTH * max(row["throughput"] for row in rows)
+    latency = _LATER * min(row["ttft_p95"] for row in rows)
+    good = (r for r in rows if r["throughput"] >= throughput and r["ttft_p95"] <= latency)
+    return next(good, rows[-1])

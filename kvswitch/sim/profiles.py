@@ -246,6 +246,16 @@ _CONFIG_JSON = {
 }
 
 
+_OTHER_KINDS = {
+    "num_experts": "mixtures of experts",
+    "num_local_experts": "mixtures of experts",
+    "n_routed_experts": "mixtures of experts",
+    "kv_lora_rank": "models with compressed KV cache (MLA)",
+    "mamba_d_state": "hybrid models",
+}
+"""Fields of a config.json that would make the figures wrong."""
+
+
 def read_model(path: Path) -> Model:
     """Read a model's config.json (Hugging Face) of the LLaMA kind.
 
@@ -260,6 +270,9 @@ def read_model(path: Path) -> Model:
         raise ConfigError(f"cannot read model {path}: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a model's config.json")
+    for key, what in _OTHER_KINDS.items():
+        if config.get(key):
+            raise ConfigError(f"{path}: {key}: {what} are not modelled, dense LLaMA-like ones are")
     numbers = {field: _number(path, config, key) for field, key in _CONFIG_JSON.items()}
     heads = numbers["heads"]
     optional = {

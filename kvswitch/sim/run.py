@@ -194,7 +194,6 @@ def simulate(
     priorities: Priorities,
     *,
     seed: int = 0,
-    iterations: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Serve all conversations.
@@ -207,8 +206,6 @@ def simulate(
     priorities : Priorities
     seed : int
         Of the priority trace: the same for all systems that are to be compared.
-    iterations : int, optional
-        Stop after so many.
     on_progress : callable, optional
         Told now and then how many turns have been served.
 
@@ -219,7 +216,7 @@ def simulate(
     """
     begin = perf_counter()
     engine, memory = make_engine(system, scripts, machine, priorities, seed=seed)
-    engine.serve(iterations, on_progress=on_progress)
+    engine.serve(on_progress=on_progress)
     swaps = asdict(memory.stats)
     if not system.groups:
         for direction in ("in", "out_full", "out_incremental"):

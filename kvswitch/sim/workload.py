@@ -86,12 +86,15 @@ class Workload:
         How many were left out: they exceed the model's context.
     single : int
         How many of those to be drawn from have one turn, and were not drawn.
+    drawn : bool
+        Whether conversations were drawn, and their times with them.
     """
 
     name: str
     scripts: list[Script]
     excluded: int = 0
     single: int = 0
+    drawn: bool = False
 
     @property
     def turns(self) -> int:
@@ -172,7 +175,8 @@ def sample(
         Script(at, chosen[i], thinks[i].tolist())
         for at, i in zip(arrivals.tolist(), fit, strict=True)
     ]
-    return Workload(name, scripts, excluded=count - len(fit), single=len(lengths) - len(many))
+    single = len(lengths) - len(many)
+    return Workload(name, scripts, excluded=count - len(fit), single=single, drawn=True)
 
 
 def _fitting(name: str, scripts: list[Script], context: int) -> Workload:

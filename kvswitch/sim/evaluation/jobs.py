@@ -20,7 +20,7 @@ from kvswitch.sim.run import Machine, Pattern, Priorities, simulate
 from kvswitch.sim.systems import find_system
 from kvswitch.sim.workload import Lengths, Reading, load_lengths, sample
 
-__all__ = ["Job", "Results", "run_job", "run_jobs"]
+__all__ = ["Job", "Results", "code_digest", "run_job", "run_jobs"]
 
 _SETTING = load_profiles().setting
 _P = TypeVar("_P", Engine, Link)
@@ -79,7 +79,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """Name of its result: of the job, the code and the data that decide about it."""
-        return hashlib.sha256(msgspec.json.encode(self) + _code().encode()).hexdigest()[:32]
+        return hashlib.sha256(msgspec.json.encode(self) + code_digest().encode()).hexdigest()[:32]
 
 
 def _changed(profile: _P, constants: tuple[tuple[str, float], ...]) -> _P:
@@ -98,7 +98,7 @@ _DATA = ("profiles.toml", "sharegpt_turns.csv.gz")
 
 
 @cache
-def _code() -> str:
+def code_digest() -> str:
     """Digest of the code and the data that decide about results."""
     root = files("kvswitch")
     paths = [

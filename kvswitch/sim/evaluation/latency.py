@@ -79,7 +79,8 @@ def figure1(book: Book) -> Figure:
     return Figure(
         "figure1",
         "Figure 1: latency breakdown across percentiles",
-        "vLLM with swapping, LLaMA-8B on an A10, 1,000 conversations, priorities (Markov) updated "
+        "vLLM with swapping, LLaMA-8B on an A10, "
+        f"{book.plan.scale.conversations:,} conversations, priorities (Markov) updated "
         "every 100 iterations. Stall and inference time are means over the iterations around that "
         "percentile.",
         rows,
@@ -93,8 +94,10 @@ def figure2(book: Book) -> Figure:
     return Figure(
         "figure2",
         "Figure 2: share of requests that wait for their KV cache, per iteration",
-        "Markov, f = 0.02, 500 conversations, swap manager without reuse: who has blocks, but is "
-        "still arriving, of all in the batch. The paper: small in most iterations.",
+        "Markov, priorities updated every 50 iterations (the paper's f = 0.02), "
+        f"{min(500, book.plan.scale.conversations)} conversations, swap manager without reuse: who "
+        "has blocks, but is still arriving, of all in the batch. The paper: small in most "
+        "iterations.",
         [
             Row(f"share at P50, {unit}", None, known([book.value(j, lambda r: r.waiting["0.5"])]))
             for unit, j in jobs.items()

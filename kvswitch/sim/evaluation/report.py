@@ -18,6 +18,7 @@ import msgspec
 from kvswitch.errors import ConfigError
 from kvswitch.sim.evaluation.drawing import draw
 from kvswitch.sim.evaluation.figure import Figure, Row, Table
+from kvswitch.sim.evaluation.jobs import code_digest
 from kvswitch.sim.profiles import load_profiles
 
 __all__ = ["Provenance", "write_docs", "write_report"]
@@ -25,7 +26,7 @@ __all__ = ["Provenance", "write_docs", "write_report"]
 _NOTES: dict[str, list[str]] = msgspec.toml.decode(
     (files("kvswitch.sim.evaluation") / "notes.toml").read_bytes()
 )
-"""Why figures differ from the paper's; of the results in docs/evaluation.md."""
+"""Why figures differ from the paper's: of the results in docs/evaluation.md, at full size."""
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     missing: int
     jobs: int
     machine: str
+    code: str
     versions: dict[str, str]
 
     @classmethod
@@ -48,13 +50,28 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
             scale=scale,
             missing=missing,
             jobs=jobs,
-            machine=f"{platform.machine()}, {platform.system()} {platform.release()}",
+            machine=f"{_processor()}, {platform.system()} {platform.release()}",
+            code=code_digest()[:12],
             versions={
                 "kvswitch": version("kvswitch"),
                 "numpy": version("numpy"),
                 "python": platform.python_version(),
             },
         )
+
+
+def _processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _notes(figure: Figure, provenance: Provenance) -> list[str]:
+    return _NOTES.get(figure.id, []) if provenance.scale == "full" else []
 
 
 def write_report(directory: Path, figures: Sequence[Figure], provenance: Provenance) -> None:
@@ -69,8 +86,7 @@ def write_report(directory: Path, figures: Sequence[Figure], provenance: Provena
         _environment()
         .get_template("report.html.j2")
         .render(
-            figures=[(figure, draw(figure.plots), _NOTES.get(figure.id, [])) for figure in figures],
-            summary=_summary(figures),
+            figures=[(f, draw(f.plots), _notes(f, provenance)) for f in figures],
             counts=_counts(figures),
             constants=_constants(),
             provenance=provenance,
@@ -214,7 +230,7 @@ def _markdown(figures: Sequence[Figure], provenance: Provenance) -> str:
         parts = [f"## {figure.title}", figure.text]
         parts += [of_rows(figure.rows)] if figure.rows else []
         parts += [of_table(t) for t in figure.tables]
-        parts += [f"- {note}" for note in _NOTES.get(figure.id, [])]
+        parts += [f"- {note}" for note in _notes(figure, provenance)]
         sections.append("\n\n".join(parts))
     template = _environment().get_template("evaluation.md.j2")
     return (
