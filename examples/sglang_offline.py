@@ -33,6 +33,7 @@ async def serve(engine: Any) -> None:
     await asyncio.sleep(1)
     urgent = await ask(engine, "What is the capital of France?", 30, priority=10)
     print("urgent:", urgent["text"].strip())
+    print(sum(not story.done() for story in stories), "stories were still being told")
     for story in await asyncio.gather(*stories):
         about = story["meta_info"]
         print(f"{about['completion_tokens']} tokens, preempted {about['num_retractions']} times")
@@ -45,6 +46,7 @@ def main() -> None:
         model_path=sys.argv[1],
         radix_cache_backend="kvswitch",
         enable_priority_scheduling=True,
+        priority_scheduling_preemption_threshold=0,  # by default, only who is 11 above preempts
         max_total_tokens=1024,  # little, so that somebody has to give way
         **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"),
     )

@@ -41,11 +41,11 @@ from kvswitch_demo.workload import Conversations, Workload
 __all__ = ["demo"]
 
 _QUICK = {"count": 10, "turns": 3}
-_FULL = {"count": 200}
+_FULL = {"count": 260}
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="A tenth of the work, in two minutes.")
+@click.option("--quick", is_flag=True, help="A quarter of the turns or less, in two minutes.")
 @click.option("--full", is_flag=True, help="Ten times the work: enough turns for TTFT p99.")
 @click.option("--seed", type=int, help="Draws conversations, arrivals and priorities.")
 @click.option("--seeds", type=click.IntRange(1), default=1, help="Paired runs over so many seeds.")

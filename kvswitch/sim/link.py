@@ -102,6 +102,8 @@ class VirtualLink:
         self._ended: dict[int, float] = {}
         self._empty = dict.fromkeys(Direction, 0.0)  # about when all that is queued has ended
         self.seconds = dict.fromkeys(Direction, 0.0)  # that transfers took, in all
+        self.moved = dict.fromkeys(Direction, 0)  # blocks of those not cancelled
+        self.dropped = dict.fromkeys(Direction, 0)  # blocks of those cancelled
 
     def submit(self, transfer: Transfer, now: float) -> None:
         """Queue a transfer."""
@@ -145,8 +147,10 @@ class VirtualLink:
             self.seconds[transfer.direction] += end - begin
             if end >= moving.cancelled:
                 failed.append(transfer.id)
+                self.dropped[transfer.direction] += transfer.num_blocks
                 continue
             completed.append(transfer.id)
+            self.moved[transfer.direction] += transfer.num_blocks
             nbytes = transfer.num_blocks * self.pricing.block_bytes
             measured.append(Measurement(transfer.direction, nbytes, end - begin))
         return Observations(tuple(completed), tuple(failed), tuple(measured), step_seconds)

@@ -180,6 +180,16 @@ def test_simulate_takes_other_gpus_and_faster_traces(tmp_path: Path) -> None:
     assert "Host memory:" not in text
 
 
+def test_what_cannot_be_done_is_said_before_anything_is_simulated(tmp_path: Path) -> None:
+    for arguments, complaint in (
+        (["--speed", "2"], "no times of its own"),
+        (["--output", str(tmp_path / "nowhere" / "out.json")], "cannot write"),
+    ):
+        result = CliRunner().invoke(commands.simulate, arguments)
+        assert result.exit_code == 1
+        assert complaint in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

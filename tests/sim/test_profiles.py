@@ -86,6 +86,8 @@ def test_a_model_is_read_from_its_config(tmp_path: Path) -> None:
         (json.dumps(config(hidden_size=None)), "hidden_size must be a positive number, got None"),
         (json.dumps(config(num_hidden_layers="32")), "num_hidden_layers .* got '32'"),
         (json.dumps(config(vocab_size=0)), "vocab_size .* got 0"),
+        (json.dumps(config(num_local_experts=8)), "mixtures of experts are not modelled"),
+        (json.dumps(config(kv_lora_rank=512)), "MLA.* are not modelled"),
         ("[1]", "not a model's config"),
         ("{", "cannot read model"),
     ],

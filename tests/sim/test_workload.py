@@ -131,17 +131,37 @@ def test_azure_requests_are_conversations_of_one_turn(tmp_path: Path) -> None:
     assert second.arrival == pytest.approx(4.314579)
 
 
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+def test_azure_times_may_have_a_zone_and_any_number_of_digits(tmp_path: Path) -> None:
+    text = f"{AZURE}2024-05-10 00:00:00+00:00,1,2\n2024-05-10 00:00:00.009930+00:00,3,4\n"
+    first, second = load_azure(write(tmp_path / "azure.csv", text), 8192).scripts
+    assert second.arrival - first.arrival == pytest.approx(0.00993)
+
+
+def test_mooncake_times_count_from_the_first(tmp_path: Path) -> None:
+    """A part of a trace is served as if it were all."""
+    later = "\n".join(MOONCAKE.splitlines()[1:])
+    scripts = load_mooncake(write(tmp_path / "trace.jsonl", later), 100_000).scripts
+    assert min(script.arrival for script in scripts) == 0.0
+    assert max(script.due[-1] for script in scripts if script.due) == 9.0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
+        ("a.jsonl", MOONCAKE.replace("9500", "8000"), "line 4: timestamp lies before"),
+        ("a.csv", AZURE + "2023-11-16 18:15:46,1,x\n", "line 2: GeneratedTokens must be a count"),
+        ("a.csv", AZURE + '"' + "x" * 200_000, "line 1: field larger"),
         ("a.jsonl", MOONCAKE + "{", r"a\.jsonl, line 5"),
         ("a.jsonl", MOONCAKE.replace("600", '"x"'), r"line 2.*input_length"),
         ("a.jsonl", MOONCAKE.replace("600", "-6"), r"line 2: input_length must not be negative"),
         ("a.jsonl", "", "no request"),
         ("a.csv", "TIMESTAMP,ContextTokens\n", r"line 1: there is no column GeneratedTokens"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nsoon,1,2\n", r"line 2: .*soon"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1\n", "line 2"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1,-2\n", "line 2"),
+        ("a.csv", AZURE + "soon,1,2\n", r"line 2: TIMESTAMP: .*soon"),
+        ("a.csv", AZURE + "2023-11-16 18:15:46,1\n", "line 2"),
+        ("a.csv", AZURE + "2023-11-16 18:15:46,1,-2\n", "line 2"),
         ("a.csv", "conversation,turn,prompt_tokens,output_tokens\n0,0,17,x\n", r"line 2.*'x'"),
         (
             "a.csv",
@@ -171,6 +191,10 @@ def test_lengths_may_be_gzipped(tmp_path: Path) -> None:
     assert load_lengths(path) == [[(17, 73), (4, 3)]]
     workload = load_trace(path, context=8192, seed=0, count=3, rate=1.0, think=1.0)
     assert len(workload.scripts) == 3
-    path.write_bytes(path.read_bytes()[:-10])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20] + b"\xff\xff\xff\xff" + whole[24:])
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_lengths(path)
+    path.write_bytes(whole[:-10])
     with pytest.raises(ConfigError, match="cannot read"):
         load_lengths(path)

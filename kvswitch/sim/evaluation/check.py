@@ -7,12 +7,11 @@ settings. Compared are figures that were not fitted, above all ratios between mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,7 +27,7 @@ from kvswitch.sim.systems import SYSTEMS
 from kvswitch.sim.workload import Script, load_lengths
 from kvswitch_demo.workload import Workload
 
-__all__ = ["Comparison", "compare", "figure", "read_measured", "simulate_mode"]
+__all__ = ["Comparison", "Measured", "compare", "figure", "read_measured", "simulate_mode"]
 
 _LAYERS = 30  # SmolLM2-135M
 _BLOCK_BYTES = 2 * _LAYERS * 3 * 64 * 4 * 16  # K and V, layers, KV heads, dimensions, float32
@@ -40,58 +39,99 @@ _MODES = {
 }
 
 
-def read_measured(path: Path) -> list[dict[str, Any]]:
+class Mode(msgspec.Struct, kw_only=True):
+    """What the demo measured in one mode (kvswitch_demo/results.py); times in seconds."""
+
+    iterations: int
+    forward: float
+    throughput_tokens_per_s: float
+    recomputed_tokens: int
+    preemptions: int
+    ttft_p50: float
+    ttft_p95: float
+    tbt_p50: float
+    tbt_p99: float
+    blocks_out: int
+    blocks_in: int
+
+
+class Modes(msgspec.Struct, kw_only=True):
+    """By mode."""
+
+    reference: Mode
+    recompute: Mode
+    per_block: Mode = msgspec.field(name="per-block")
+    kvswitch: Mode
+
+
+class Where(msgspec.Struct, kw_only=True):
+    """The machine that it was measured on."""
+
+    cpu: str
+    cores: int
+
+
+class Measured(msgspec.Struct, kw_only=True):
+    """One run of the demo."""
+
+    date: str
+    seed: int
+    machine: Where
+    workload: Workload
+    modes: Modes
+
+    def mode(self, name: str) -> Mode:
+        """What was measured in a mode."""
+        mode: Mode = getattr(self.modes, name.replace("-", "_"))
+        return mode
+
+
+def read_measured(path: Path) -> list[Measured]:
     """Read what `kvswitch demo` measured: a seeds.json (`--seeds`), or a summary.json.
 
     Raises
     ------
     ConfigError
-        It cannot be read, or lacks a mode.
+        It cannot be read, or something is missing; names the field.
     """
     try:
-        content = json.loads(path.read_bytes())
-        reports: list[dict[str, Any]] = content if isinstance(content, list) else [content]
-        missing = [{"reference", *_MODES} - set(report["modes"]) for report in reports]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"cannot read the demo's results {path}: {error!r}") from error
+        data = path.read_bytes()
+        reports = (
+            msgspec.json.decode(data, type=list[Measured])
+            if data.lstrip().startswith(b"[")
+            else [msgspec.json.decode(data, type=Measured)]
+        )
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"cannot read the demo's results {path}: {error}") from error
     if not reports:
         raise ConfigError(f"{path}: there is no run in it")
-    for modes in missing:
-        if modes:
-            raise ConfigError(f"{path}: modes: there is no {min(modes)}")
     return reports
 
 
-def _fitted_steps(report: dict[str, Any]) -> LinearSteps:
+def _fitted_steps(report: Measured) -> LinearSteps:
     """The two constants."""
-    reference, recompute = report["modes"]["reference"], report["modes"]["recompute"]
+    reference, recompute = report.modes.reference, report.modes.recompute
     scripts = _scripts(report)
     prompts = sum(prompt for script in scripts for prompt, _ in script.turns)
-    more = recompute["recomputed_tokens"]
+    more = recompute.recomputed_tokens
     # forward = iterations * base + prefilled * token, twice
-    scale = recompute["iterations"] / reference["iterations"]
-    token = (recompute["forward"] - scale * reference["forward"]) / (
-        (prompts + more) - scale * prompts
-    )
-    base = (reference["forward"] - prompts * token) / reference["iterations"]
+    scale = recompute.iterations / reference.iterations
+    token = (recompute.forward - scale * reference.forward) / ((prompts + more) - scale * prompts)
+    base = (reference.forward - prompts * token) / reference.iterations
     return LinearSteps(base, token)
 
 
-def _workload(report: dict[str, Any]) -> Workload:
-    return msgspec.convert(report["workload"], Workload)
-
-
-def _scripts(report: dict[str, Any]) -> list[Script]:
-    demo = _workload(report).scripts(load_lengths(), lambda conversation, turn, n: [0] * n)
+def _scripts(report: Measured) -> list[Script]:
+    demo = report.workload.scripts(load_lengths(), lambda conversation, turn, n: [0] * n)
     return [
         Script(s.arrival, list(zip(map(len, s.prompts), s.outputs, strict=True)), s.pauses)
         for s in demo
     ]
 
 
-def simulate_mode(report: dict[str, Any], mode: str) -> Result:
+def simulate_mode(report: Measured, mode: str) -> Result:
     """What a mode of the demo would have done."""
-    workload = _workload(report)
+    workload = report.workload
     settings, system = workload.engine, _MODES[mode]
     demo = workload.scripts(load_lengths(), lambda conversation, turn, n: [0] * n)
     blocks = workload.device_blocks(demo)
@@ -133,22 +173,22 @@ def simulate_mode(report: dict[str, Any], mode: str) -> Result:
     )
 
 
-_Measure = tuple[str, Callable[[dict[str, Any]], float], Callable[[Result], float]]
+_Measure = tuple[str, Callable[[Mode], float], Callable[[Result], float]]
 _MEASURES: tuple[_Measure, ...] = (
-    ("throughput, tokens/s", lambda m: m["throughput_tokens_per_s"], lambda r: r.throughput),
-    ("iterations", lambda m: m["iterations"], lambda r: r.iterations),
-    ("recomputed tokens", lambda m: m["recomputed_tokens"], lambda r: r.recomputed),
-    ("preemptions", lambda m: m["preemptions"], lambda r: r.swaps["preemptions"]),
-    ("TTFT P50, s", lambda m: m["ttft_p50"], lambda r: r.ttft["0.5"]),
-    ("TTFT P95, s", lambda m: m["ttft_p95"], lambda r: r.ttft["0.95"]),
-    ("TBT P50, s", lambda m: m["tbt_p50"], lambda r: r.tbt["0.5"]),
-    ("TBT P99, s", lambda m: m["tbt_p99"], lambda r: r.tbt["0.99"]),
+    ("throughput, tokens/s", lambda m: m.throughput_tokens_per_s, lambda r: r.throughput),
+    ("iterations", lambda m: m.iterations, lambda r: r.iterations),
+    ("recomputed tokens", lambda m: m.recomputed_tokens, lambda r: r.recomputed),
+    ("preemptions", lambda m: m.preemptions, lambda r: r.swaps["preemptions"]),
+    ("TTFT P50, s", lambda m: m.ttft_p50, lambda r: r.ttft["0.5"]),
+    ("TTFT P95, s", lambda m: m.ttft_p95, lambda r: r.ttft["0.95"]),
+    ("TBT P50, s", lambda m: m.tbt_p50, lambda r: r.tbt["0.5"]),
+    ("TBT P99, s", lambda m: m.tbt_p99, lambda r: r.tbt["0.99"]),
     (
         "blocks out",
-        lambda m: m["blocks_out"],
+        lambda m: m.blocks_out,
         lambda r: r.swaps["blocks_out_full"] + r.swaps["blocks_out_incremental"],
     ),
-    ("blocks in", lambda m: m["blocks_in"], lambda r: r.swaps["blocks_in"]),
+    ("blocks in", lambda m: m.blocks_in, lambda r: r.swaps["blocks_in"]),
 )
 
 
@@ -161,11 +201,13 @@ class Comparison(NamedTuple):
     @property
     def off(self) -> float:
         """How far the simulated median is from the measured one, as a share of it."""
-        measured = median(self.measured)
-        return median(self.simulated) / measured - 1 if measured else 0.0
+        measured, simulated = median(self.measured), median(self.simulated)
+        if not measured:
+            return 0.0 if not simulated else float("inf")
+        return simulated / measured - 1
 
 
-def compare(reports: list[dict[str, Any]]) -> dict[tuple[str, str], Comparison]:
+def compare(reports: list[Measured]) -> dict[tuple[str, str], Comparison]:
     """(mode, what) -> measured and simulated; mode "kvswitch / recompute" for their ratios."""
     values: dict[tuple[str, str], Comparison] = {}
     for report in reports:
@@ -176,10 +218,10 @@ def compare(reports: list[dict[str, Any]]) -> dict[tuple[str, str], Comparison]:
     return values
 
 
-def _compare_seed(report: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+def _compare_seed(report: Measured) -> dict[tuple[str, str], tuple[float, float]]:
     simulated = {mode: simulate_mode(report, mode) for mode in _MODES}
     values = {
-        (mode, name): (float(theirs(report["modes"][mode])), float(ours(result)))
+        (mode, name): (float(theirs(report.mode(mode))), float(ours(result)))
         for mode, result in simulated.items()
         for name, theirs, ours in _MEASURES
     }
@@ -203,12 +245,12 @@ def figure(path: Path) -> Figure:
         ]
         for (mode, name), both in compare(reports).items()
     ]
-    first, seeds = reports[0], [str(report["seed"]) for report in reports]
+    first, seeds = reports[0], [str(report.seed) for report in reports]
     return Figure(
         "check",
         "The simulator checked against a measured machine",
-        f"What `kvswitch demo` measured on {first['date'][:10]} ({first['machine']['cpu']}, "
-        f"{first['machine']['cores']} cores; seeds: {', '.join(seeds)}), and what the simulator "
+        f"What `kvswitch demo` measured on {first.date[:10]} ({first.machine.cpu}, "
+        f"{first.machine.cores} cores; seeds: {', '.join(seeds)}), and what the simulator "
         "says of the same workloads, priorities and memory: medians over seeds, and ranges. For "
         "each seed two constants were fitted, an iteration's time and a prompt token's, to the "
         "totals of the modes reference and recompute.",

@@ -36,6 +36,7 @@ def test_the_offline_example_switches(models: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "urgent:" in done.stdout
+    assert "6 stories were still being told" in done.stdout
     preempted = [int(n) for n in re.findall(r"preempted (\d+) times", done.stdout)]
     assert len(preempted) == 6
     assert sum(preempted) > 0
