@@ -197,6 +197,27 @@ def test_what_a_copy_holds_is_booked_to_nobody() -> None:
     manager.groups.check_integrity()
 
 
+def test_what_the_host_has_too_is_given_out_first() -> None:
+    """Of two free contexts the younger one goes, if its content is on the host; and can be hit."""
+    manager = make_manager(65, headroom=0.0)
+    older, younger = (make_request(name, [i] * 20 * TOKENS) for i, name in enumerate("ab"))
+    for request in (older, younger):
+        manager.allocate_slots(request, request.num_tokens)
+    (ids,) = manager.get_block_ids("b")
+    manager.free(older)
+    manager.groups.copied(ids)
+    manager.free(younger)
+    assert manager.get_computed_blocks(younger)[1] == 19 * TOKENS, "until they are overwritten"
+    another = make_request("c", [8] * 40 * TOKENS)
+    manager.allocate_slots(another, another.num_tokens)
+    assert set(ids) & set(manager.get_block_ids("c")[0])
+    assert manager.get_computed_blocks(older)[1] == 19 * TOKENS
+    assert manager.get_computed_blocks(younger)[1] == 0
+    manager.free(another)
+    assert not manager.groups._copied, "the mark is for one time"
+    manager.groups.check_integrity()
+
+
 def test_queue_needs_what_it_replaces() -> None:
     manager = make_manager(64, groups=False)
     manager.coordinator.single_type_managers[0].pop_blocks_for_free = None

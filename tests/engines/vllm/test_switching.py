@@ -123,3 +123,23 @@ def test_too_little_host_memory_costs_recomputation_only(make_engine: Any, refer
     engine.run(churn(engine))
     assert engine.batch(COUNT) == reference
     assert engine.planning.recomputed_tokens > 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_context_comes_back_in_few_copies(
+    make_engine: Any, random_prompts: Any, caching: bool
+) -> None:
+    """With memory for four or five of twenty, whose places change all the time."""
+    policy = {"policy": "random", "policy_settings": {"seed": 0, "sequences": 20, "epochs": 500}}
+    engine = make_engine(
+        {**policy, "host_memory": "256MiB", "epoch": 10, "quantum": 5},
+        blocks=96,
+        max_model_len=1280,
+        enable_prefix_caching=caching,
+    )
+    for i, prompt in enumerate(random_prompts(20, 450)):
+        engine.add(f"r{i}", prompt, 100 + 5 * i)
+    engine.run()
+    stats = engine.stats
+    assert stats.blocks_in / stats.resumptions > 14
+    assert stats.blocks_in / stats.copies_in >= 8
