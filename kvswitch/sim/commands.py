@@ -413,21 +413,23 @@ _LATER = 1.1
 
 
 def _advise(console: Console, tables: dict[str, list[dict[str, float]]]) -> None:
-    memory, frequency = tables.values()
+    memory, frequency = (_first_as_good(rows) for rows in tables.values())
     best = f"{_WORTH:.0%} of the best throughput and {_LATER:g} times the best TTFT P95"
-    enough = _first_as_good(memory)
-    console.print(
-        f"Host memory: {enough['value']:g} GB are enough for {best}, with "
-        f"{enough['recomputed']:,.0f} tokens recomputed."
-    )
-    often = _first_as_good(frequency)
-    console.print(f"Priorities: updates every {often['value']:g} iterations allow {best}.")
-    if enough is memory[0] and often is frequency[0]:
-        console.print("Both are the least that was tried: this load does not fill the device.")
+    if memory:
+        console.print(
+            f"Host memory: {memory['value']:g} GB are enough for {best}, with "
+            f"{memory['recomputed']:,.0f} tokens recomputed."
+        )
+    else:
+        console.print(f"Host memory: no size that was tried reaches both {best}.")
+    if frequency:
+        console.print(f"Priorities: updates every {frequency['value']:g} iterations allow {best}.")
+    else:
+        console.print(f"Priorities: no frequency that was tried reaches both {best}.")
 
 
-def _first_as_good(rows: list[dict[str, float]]) -> dict[str, float]:
+def _first_as_good(rows: list[dict[str, float]]) -> dict[str, float] | None:
     throughput = _WORTH * max(row["throughput"] for row in rows)
     latency = _LATER * min(row["ttft_p95"] for row in rows)
     good = (r for r in rows if r["throughput"] >= throughput and r["ttft_p95"] <= latency)
-    return next(good, rows[-1])
+    return next(good, None)

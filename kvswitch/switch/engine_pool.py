@@ -40,8 +40,12 @@ class EnginePool(Protocol):
     def hold(self, blocks: Sequence[int]) -> None:
         """Add a reference to each block; all of them are in use."""
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Take a reference from each block."""
+    def release(self, blocks: Sequence[int], *, copied: bool = False) -> None:
+        """Take a reference from each block.
+
+        `copied`: the host has their content, or is about to, for an owner that will come back for
+        it; so this is what may be overwritten first.
+        """
 
     def keep(self, blocks: Sequence[int], keys: Sequence[Hashable]) -> int:
         """Hold the leading blocks that still have the content that `keys` name; how many."""
@@ -347,7 +351,7 @@ class EngineSwapManager(OrderList):
             if out.held:
                 out.held = False
                 self._leave(out)
-                self._pool.release(out.blocks)
+                self._pool.release(out.blocks, copied=self._comes_back(out))
                 blocks -= len(out.blocks)
 
     def written(self, blocks: Sequence[int]) -> None:
@@ -557,7 +561,7 @@ class EngineSwapManager(OrderList):
             wanted |= part.owner in self.copies  # else it was cancelled
         self._stats.transfers_failed += wanted and not ok
         if out.held:
-            self._pool.release(out.blocks)
+            self._pool.release(out.blocks, copied=ok and self._comes_back(out))
         else:
             for block in out.blocks:
                 if self._leaving.get(block) == out.transfer.id:
@@ -567,6 +571,10 @@ class EngineSwapManager(OrderList):
                 self._publish(part.owner, part.fill.first)
                 if part.last:
                     self._retired(part.owner)
+
+    def _comes_back(self, out: _Out) -> bool:
+        """Whether somebody waits who will want what a swap-out brings to the host."""
+        return any(part.owner in self.copies and not part.last for part in out.parts)
 
     def _end_in(self, incoming: _In, *, ok: bool) -> bool:
         """End a swap-in; whether what it has brought is valid."""

@@ -23,6 +23,7 @@ class Pool:
         self.references = [0] * blocks
         self.keys: list[Hashable | None] = [None] * blocks
         self.free = deque(range(blocks))
+        self.copied: list[int] = []  # said to be on the host, when they were released
 
     def take(self, count: int) -> list[int]:
         blocks = [self.free.popleft() for _ in range(count)]
@@ -36,7 +37,8 @@ class Pool:
                 self.free.remove(block)
             self.references[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int], *, copied: bool = False) -> None:
+        self.copied += blocks if copied else ()
         for block in blocks:
             self.references[block] -= 1
             assert self.references[block] >= 0
@@ -148,6 +150,26 @@ def test_giving_way_makes_the_writer_wait() -> None:
     world.write(taken, "b")
     assert world.host[:3].count(("a", 0)) == 1
     assert world.planner.stats().conflicts == 1
+
+
+def test_the_pool_is_told_what_may_be_overwritten_first() -> None:
+    """What the host has got for somebody who comes back; not what failed, nor of who has ended."""
+    world = World()
+    a, b, c, d = (world.pool.take(2) for _ in range(4))
+    for name, blocks in (("a", a), ("b", b), ("c", c)):
+        leave(world, name, blocks)
+    leave(world, "d", d, last=True)
+    world.orders()
+    world.planner.drop("c")
+    world.land()
+    assert world.pool.copied == a
+    world.land(ok=False)
+    world.rest()
+    assert world.pool.copied == a
+    e = world.pool.take(2)
+    leave(world, "e", e)
+    world.planner.give_way(1)
+    assert world.pool.copied == a + e
 
 
 def test_nothing_is_waited_for_if_nobody_writes() -> None:

@@ -24,7 +24,7 @@ class Pool:
     def hold(self, blocks: Sequence[int]) -> None:
         self.held.update(blocks)
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int], *, copied: bool = False) -> None:
         self.held.subtract(blocks)
         assert min(self.held.values(), default=0) >= 0
 

@@ -144,7 +144,7 @@ class PagePool:
         """Add a reference to each."""
         self._groups.hold(np.asarray(blocks, np.int32))
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int], *, copied: bool = False) -> None:
         """Take a reference from each."""
         self._groups.release(np.asarray(blocks, np.int32))
 

@@ -8,7 +8,8 @@ request. Reference counts, hashes and evictions stay vLLM's. What is free is alw
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class GroupQueue:
         self._blocks = blocks
         self._groups = BlockGroupPool(len(blocks), first_group=first_group, headroom=headroom)
         self._taken: list[int] = []  # hit in the prefix cache, not yet told to the groups
-        self._copied: set[int] = set()  # in use now, and the host has their content
+        self._copied: set[int] = set()  # about to be free, and the host has their content
         self.request: Hashable | None = None
         idle = [block.block_id for block in free]
         used = np.setdiff1d(np.arange(len(blocks), dtype=np.int32), np.array(idle, np.int32))
@@ -94,20 +95,23 @@ class GroupQueue:
 
     def append_n(self, blocks: Sequence[Any]) -> None:
         """Give blocks back whose content may still be hit, the first to be used again first."""
-        if self._copied:
-            copied = [block for block in blocks if block.block_id in self._copied]
-            blocks = [block for block in blocks if block.block_id not in self._copied]
-            self._copied.difference_update(block.block_id for block in copied)
-            self._free(copied, cached=False)
+        if marked := self._copied:
+            self._free([block for block in blocks if block.block_id in marked], cached=False)
+            blocks = [block for block in blocks if block.block_id not in marked]
         self._free(blocks, cached=True)
 
     def prepend_n(self, blocks: Sequence[Any]) -> None:
         """Give blocks back that mean nothing any more."""
         self._free(blocks, cached=False)
 
-    def copied(self, ids: Iterable[int]) -> None:
-        """Note that the host has, or will have, the content of blocks that are about to be free."""
+    @contextmanager
+    def copied(self, ids: Iterable[int]) -> Iterator[None]:
+        """What of these blocks becomes free meanwhile is given out before other cached content."""
         self._copied.update(ids)
+        try:
+            yield
+        finally:
+            self._copied.clear()
 
     def _free(self, blocks: Sequence[Any], *, cached: bool) -> None:
         if not blocks:
@@ -132,7 +136,6 @@ class GroupQueue:
 
     def forget_content(self) -> None:
         """No free block's content can be hit any more."""
-        self._copied.clear()
         self._groups.forget_cached(np.arange(len(self._blocks), dtype=np.int32))
 
     def forget_request(self, request: Hashable) -> None:
@@ -227,10 +230,12 @@ class VllmPool:
         if isinstance(queue := self._pool.free_block_queue, GroupQueue):
             queue.settle()  # not to the next request that takes some
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int], *, copied: bool = False) -> None:
         """Take a reference from each; those without any are free, the tail to be used first."""
         every = self._pool.blocks
-        self._pool.free_blocks([every[block] for block in reversed(blocks)])
+        queue = self._pool.free_block_queue
+        with queue.copied(blocks) if copied and isinstance(queue, GroupQueue) else nullcontext():
+            self._pool.free_blocks([every[block] for block in reversed(blocks)])
 
     def keep(self, blocks: Sequence[int], keys: Sequence[Hashable]) -> int:
         """Hold the leading blocks that are still cached under `keys`."""

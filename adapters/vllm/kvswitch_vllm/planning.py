@@ -9,6 +9,7 @@ then nothing is held, and the forward waits for what it is about to overwrite.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -192,18 +193,24 @@ class Planning:
 
     # -- leaving ---------------------------------------------------------------------------------
 
-    def preempted(self, request: Any, *, hold: bool) -> None:
-        """`request` is about to lose its blocks: send what the host lacks of it."""
-        (ids,) = self._manager.get_block_ids(request.request_id)
-        self._leave(request, request.num_computed_tokens, ids, hold=hold)
-        if self._swap and self.groups is not None:
-            self.groups.copied(ids)
+    def preempted(self, request: Any, *, hold: bool) -> AbstractContextManager[None]:
+        """`request` is about to lose its blocks, within what this returns: send what is missing.
 
-    def _leave(self, request: Any, tokens: int, ids: Sequence[int], *, hold: bool) -> None:
+        What the host has already is free then, and best overwritten first. What is sent follows
+        when it has been: until then it is held, or, without `hold`, better left alone.
+        """
+        (ids,) = self._manager.get_block_ids(request.request_id)
+        have = self._leave(request, request.num_computed_tokens, ids, hold=hold)
+        if self.groups is None or not hold:
+            return nullcontext()
+        return self.groups.copied(ids[: have // self.block_tokens])
+
+    def _leave(self, request: Any, tokens: int, ids: Sequence[int], *, hold: bool) -> int:
+        """Swap out; tokens that the host has, or will have."""
         self._left[request.request_id] = tokens
         if tokens <= 0:
-            return
-        self.planner.swap_out(
+            return 0
+        return self.planner.swap_out(
             request.request_id,
             tokens,
             ids,

@@ -95,9 +95,10 @@ class SwitchMixin(_Scheduler):
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         started = perf_counter()
         # In the midst of scheduling, vLLM needs the blocks at once: the forward will wait.
-        self._planning.preempted(request, hold=not self._scheduling)
+        freeing = self._planning.preempted(request, hold=not self._scheduling)
         self._planning.overhead_seconds += perf_counter() - started
-        super()._preempt_request(request, *args, **kwargs)
+        with freeing:
+            super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._priorities.remove(request.request_id)

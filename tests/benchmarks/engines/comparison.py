@@ -242,9 +242,9 @@ def main(engine: str, modes: Mapping[str, str], start: Start) -> None:
         "options": {k: v for k, v in vars(options).items() if k not in ("one", "output")},
     }
     if options.rounds:
-        ratios = rounds.play(start, chosen, options, folder / "log")
-        (folder / "rounds.json").write_text(json.dumps({**about, "seconds": ratios}, indent=1))
-        print(rounds.report(ratios))
+        seconds = rounds.play(start, chosen, options, folder / "log")
+        (folder / "rounds.json").write_text(json.dumps({**about, "seconds": seconds}, indent=1))
+        print(rounds.report(seconds))
         print(f"\n{about['date']}, {about['machine']}, {engine} {about[engine]}")
         return
     for seed in range(options.first_seed, options.first_seed + options.seeds):

@@ -34,13 +34,11 @@ def _player(
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sequences = options.requests * (options.rounds + _WARM)
+    sequences = len(workloads.items(options, 0)) * (options.rounds + _WARM)
     serve = start(mode, options.first_seed, sequences, options)
     pipe.send("ready")
-    while (items := pipe.recv()) is not None:
-        outcome = serve(items)
-        pipe.send((outcome.seconds, outcome.tokens))
-    os._exit(0)  # an engine's own threads and sockets need not be waited for
+    while True:
+        pipe.send(serve(pipe.recv()).seconds)
 
 
 def play(
@@ -50,30 +48,41 @@ def play(
     context = mp.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
-    for name, mode in ((f"{modes[0]} again", modes[0]), *((mode, mode) for mode in modes)):
-        pipes[name], theirs = context.Pipe()
-        process = context.Process(target=_player, args=(theirs, start, mode, options, log))
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes[name].recv()
-    seconds: Seconds = {name: [] for name in pipes}
-    for turn in range(options.rounds + _WARM):
-        items = [
-            replace(item, name=f"{turn}-{item.name}")
-            for item in workloads.items(options, options.first_seed + turn)
-        ]
-        for name in pipes if turn % 2 else reversed(pipes):
-            pipes[name].send(items)
-            took, _ = pipes[name].recv()
-            if turn >= _WARM:
-                seconds[name].append(took)
-        print(f"round {turn}: {took:.1f} s", file=sys.stderr, flush=True)
-    for pipe in pipes.values():
-        pipe.send(None)
-    for process in processes:
-        process.join()
+    try:
+        for name, mode in ((f"{modes[0]} again", modes[0]), *((mode, mode) for mode in modes)):
+            pipes[name], theirs = context.Pipe()
+            process = context.Process(target=_player, args=(theirs, start, mode, options, log))
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes[name].recv()
+        seconds: Seconds = {name: [] for name in pipes}
+        for turn in range(options.rounds + _WARM):
+            items = _items(options, turn)
+            for name in pipes if turn % 2 else reversed(pipes):
+                pipes[name].send(items)
+                took = pipes[name].recv()
+                if turn >= _WARM:
+                    seconds[name].append(took)
+            print(f"round {turn + 1} of {options.rounds + _WARM}", file=sys.stderr, flush=True)
+    except EOFError:
+        raise SystemExit(f"an engine has ended, {log} says why") from None
+    finally:
+        for process in processes:
+            process.terminate()
     return seconds
+
+
+def _items(options: argparse.Namespace, turn: int) -> list[workloads.Item]:
+    """A round's workload, all of it there from the start: engines are not to wait for arrivals."""
+
+    def named(name: str | None) -> str | None:
+        return name and f"{turn}-{name}"
+
+    return [
+        replace(item, name=f"{turn}-{item.name}", after=named(item.after), arrival=0.0)
+        for item in workloads.items(options, options.first_seed + turn)
+    ]
 
 
 def report(seconds: Mapping[str, Sequence[float]]) -> str:

@@ -200,22 +200,38 @@ def test_what_a_copy_holds_is_booked_to_nobody() -> None:
 def test_what_the_host_has_too_is_given_out_first() -> None:
     """Of two free contexts the younger one goes, if its content is on the host; and can be hit."""
     manager = make_manager(65, headroom=0.0)
-    older, younger = (make_request(name, [i] * 20 * TOKENS) for i, name in enumerate("ab"))
+    older, younger = (make_request(name, [i] * (20 * TOKENS + 5)) for i, name in enumerate("ab"))
     for request in (older, younger):
         manager.allocate_slots(request, request.num_tokens)
     (ids,) = manager.get_block_ids("b")
     manager.free(older)
-    manager.groups.copied(ids)
-    manager.free(younger)
-    assert manager.get_computed_blocks(younger)[1] == 19 * TOKENS, "until they are overwritten"
+    with manager.groups.copied(ids):
+        manager.free(younger)
+    assert manager.get_computed_blocks(younger)[1] == 20 * TOKENS, "until they are overwritten"
     another = make_request("c", [8] * 40 * TOKENS)
     manager.allocate_slots(another, another.num_tokens)
     assert set(ids) & set(manager.get_block_ids("c")[0])
-    assert manager.get_computed_blocks(older)[1] == 19 * TOKENS
+    assert manager.get_computed_blocks(older)[1] == 20 * TOKENS
     assert manager.get_computed_blocks(younger)[1] == 0
-    manager.free(another)
-    assert not manager.groups._copied, "the mark is for one time"
     manager.groups.check_integrity()
+
+
+def test_what_others_use_is_no_more_free_because_the_host_has_it() -> None:
+    """A shared prefix, of which one request leaves, and ends later in the usual order."""
+    manager = make_manager(65, headroom=0.0)
+    prefix = [1] * 20 * TOKENS
+    leaving, staying = make_request("a", prefix + [2] * 20), make_request("b", prefix + [3] * 20)
+    for request in (leaving, staying):
+        found, hits, *_ = manager.get_computed_blocks(request)
+        manager.allocate_slots(
+            request, request.num_tokens - hits, num_new_computed_tokens=hits,
+            new_computed_blocks=found,
+        )  # fmt: skip
+    (ids,) = manager.get_block_ids("a")
+    with manager.groups.copied(ids):
+        manager.free(leaving)
+    manager.free(staying)
+    assert manager.groups._groups.groups().cached == 21, "the prefix and a full block behind it"
 
 
 def test_queue_needs_what_it_replaces() -> None:
