@@ -326,9 +326,10 @@ def _moment(text: str) -> datetime:
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         rows = csv.DictReader(path.read_text().splitlines())
-    except (OSError, UnicodeDecodeError) as error:
+        named = rows.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    missing = [column for column in columns if column not in (rows.fieldnames or [])]
+    missing = [column for column in columns if column not in named]
     if missing:
         raise ConfigError(f"{path}, line 1: there is no column {missing[0]}")
     try:

@@ -154,6 +154,7 @@ def test_mooncake_times_count_from_the_first(tmp_path: Path) -> None:
         ("a.jsonl", MOONCAKE.replace("9500", "8000"), "line 4: timestamp lies before"),
         ("a.csv", AZURE + "2023-11-16 18:15:46,1,x\n", "line 2: GeneratedTokens must be a count"),
         ("a.csv", AZURE + '"' + "x" * 200_000, "line 1: field larger"),
+        ("a.csv", "TIMESTAMP," + "x" * 200_000, "cannot read .*: field larger"),
         ("a.jsonl", MOONCAKE + "{", r"a\.jsonl, line 5"),
         ("a.jsonl", MOONCAKE.replace("600", '"x"'), r"line 2.*input_length"),
         ("a.jsonl", MOONCAKE.replace("600", "-6"), r"line 2: input_length must not be negative"),

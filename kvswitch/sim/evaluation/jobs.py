@@ -87,8 +87,9 @@ def _changed(profile: _P, constants: tuple[tuple[str, float], ...]) -> _P:
     return msgspec.structs.replace(profile, **fields)
 
 
-# What results depend on, beside the job: folders and files of the core, and the simulator's own.
+# What results depend on, beside the job: the core, less what only engines use, and the simulator.
 _CORE = ("blocks", "copies", "switch", "scheduling")
+_FOR_ENGINES = ("counters.py", "engine_pool.py", "facade.py", "ranks.py", "worker.py")
 _CORE_FILES = ("messages.py", "transfer/plan.py", "sim/evaluation/jobs.py")
 _SIMULATOR = (
     *("profiles", "cost", "link", "workload", "systems"),
@@ -105,7 +106,7 @@ def code_digest() -> str:
         file
         for folder in _CORE
         for file in sorted((root / folder).iterdir(), key=lambda entry: entry.name)
-        if file.name.endswith(".py")
+        if file.name.endswith(".py") and file.name not in _FOR_ENGINES
     ]
     paths += [root / name for name in _CORE_FILES]
     paths += [root / "sim" / f"{name}.py" for name in _SIMULATOR]
