@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import numpy as np
 
 from kvswitch.sim.evaluation.book import (
@@ -28,6 +30,7 @@ from kvswitch.sim.evaluation.plan import (
     SETTINGS,
 )
 from kvswitch.sim.metrics import QUANTILES
+from kvswitch.sim.run import Pattern
 from kvswitch.sim.systems import SYSTEMS
 from kvswitch.sim.workload import Reading, load_lengths, sample
 
@@ -250,11 +253,37 @@ def figure8(book: Book) -> list[Figure]:
                 f"conversations, the paper's request rate read as {UNITS[reading]}. Speed-ups "
                 "are ratios within a seed; medians and ranges over seeds.",
                 rows,
-                [_compared(book, model, reading) for model in SETTINGS],
+                [
+                    *(_compared(book, model, reading) for model in SETTINGS),
+                    _recomputed(book, reading),
+                ],
                 plots,
             )
         )
     return [*figures, _throughput(book)]
+
+
+def _recomputed(book: Book, reading: Reading) -> Table:
+    def millions(model: str, pattern: Pattern, system: str) -> str:
+        jobs = (
+            book.plan.latency(model, pattern, reading, system, seed)
+            for seed in range(book.plan.scale.seeds)
+        )
+        values = known(book.value(job, lambda r: r.recomputed / 1e6) for job in jobs)
+        return text(median(values) if values else None)
+
+    return Table(
+        f"Tokens recomputed, millions, {UNITS[reading]}, median over seeds",
+        ["setting", SYSTEMS[BASELINE].title, SYSTEMS[OURS].title],
+        [
+            [
+                f"{MODELS[model]}, {pattern.capitalize()}",
+                *(millions(model, pattern, system) for system in (BASELINE, OURS)),
+            ]
+            for model in SETTINGS
+            for pattern in PATTERNS
+        ],
+    )
 
 
 def _compared(book: Book, model: str, reading: Reading) -> Table:
