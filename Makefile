@@ -92,7 +92,7 @@ bench-vllm: $(VLLM)/.installed ## vLLM as it is, recomputing, and with kvswitch;
 bench-sglang: $(SGLANG)/.installed ## SGLang as it is, recomputing, and with kvswitch; bench-results/sglang/
 	$(SGLANG)/bin/python tests/benchmarks/engines/compare_sglang.py $(ARGS)
 
-evaluate: $(STAMP) ## The paper's figures, simulated (2 hours; ARGS="--quick" 2 minutes); report in evaluation-report/
+evaluate: $(STAMP) ## The paper's figures, simulated (40 minutes on 2 cores; ARGS="--quick" one); report in evaluation-report/
 	$(BIN)/kvswitch evaluate $(ARGS)
 
 lint: $(STAMP) ## Style and types

@@ -40,7 +40,7 @@ _COLUMNS = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="A small version, in two minutes.")
+@click.option("--quick", is_flag=True, help="A small version, in a minute.")
 @click.option(
     "--processes",
     type=click.IntRange(1),
