@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "engines"))
 
 from comparison import Outcome
-from rounds import interval, report
+from rounds import interval, report, workload_of
 
 
 def test_gaps_and_first_tokens_are_counted_from_arrival() -> None:
@@ -40,6 +41,14 @@ def test_an_interval_holds_the_median_as_often_as_it_says() -> None:
     samples = rng.exponential(1.0, (2000, 20))
     held = sum(low <= np.log(2) <= high for low, high in map(interval, samples.tolist()))
     assert 0.94 <= held / len(samples) <= 0.98
+
+
+def test_a_round_has_names_of_its_own_and_all_is_there_from_the_start() -> None:
+    options = argparse.Namespace(workload="turns", first_seed=0)
+    first, second = workload_of(options, 0), workload_of(options, 1)
+    assert not {item.name for item in first} & {item.name for item in second}
+    assert {item.after for item in first} - {None} <= {item.name for item in first}
+    assert all(item.arrival == 0.0 for item in first)
 
 
 def test_rounds_are_compared_with_the_first_mode() -> None:

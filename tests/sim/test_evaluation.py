@@ -180,6 +180,12 @@ def test_simulate_takes_other_gpus_and_faster_traces(tmp_path: Path) -> None:
     assert "Host memory:" not in text
 
 
+def test_advice_is_given_only_where_something_is_as_good_as_the_best() -> None:
+    fast, prompt = {"throughput": 100.0, "ttft_p95": 2.0}, {"throughput": 50.0, "ttft_p95": 1.0}
+    assert commands._first_as_good([fast, prompt]) is None
+    assert commands._first_as_good([prompt, fast, {**fast, "ttft_p95": 1.05}]) is not None
+
+
 def test_what_cannot_be_done_is_said_before_anything_is_simulated(tmp_path: Path) -> None:
     for arguments, complaint in (
         (["--speed", "2"], "no times of its own"),

@@ -21,7 +21,7 @@ from typing import Any
 
 import workloads
 
-__all__ = ["interval", "play", "report"]
+__all__ = ["interval", "play", "report", "workload_of"]
 
 _WARM = 2  # rounds that do not count
 
@@ -58,7 +58,7 @@ def play(
             pipes[name].recv()
         seconds: Seconds = {name: [] for name in pipes}
         for turn in range(options.rounds + _WARM):
-            items = _items(options, turn)
+            items = workload_of(options, turn)
             for name in pipes if turn % 2 else reversed(pipes):
                 pipes[name].send(items)
                 took = pipes[name].recv()
@@ -73,7 +73,7 @@ def play(
     return seconds
 
 
-def _items(options: argparse.Namespace, turn: int) -> list[workloads.Item]:
+def workload_of(options: argparse.Namespace, turn: int) -> list[workloads.Item]:
     """A round's workload, all of it there from the start: engines are not to wait for arrivals."""
 
     def named(name: str | None) -> str | None:
