@@ -125,9 +125,9 @@ def test_too_little_host_memory_costs_recomputation_only(make_engine: Any, refer
     assert engine.planning.recomputed_tokens > 0
 
 
-@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("caching", "asynchronous"), [(True, False), (True, True), (False, False)])
 def test_a_context_comes_back_in_few_copies(
-    make_engine: Any, random_prompts: Any, caching: bool
+    make_engine: Any, random_prompts: Any, caching: bool, asynchronous: bool
 ) -> None:
     """With memory for four or five of twenty, whose places change all the time."""
     policy = {"policy": "random", "policy_settings": {"seed": 0, "sequences": 20, "epochs": 500}}
@@ -135,6 +135,7 @@ def test_a_context_comes_back_in_few_copies(
         {**policy, "host_memory": "256MiB", "epoch": 10, "quantum": 5},
         blocks=96,
         max_model_len=1280,
+        asynchronous=asynchronous,
         enable_prefix_caching=caching,
     )
     for i, prompt in enumerate(random_prompts(20, 450)):
