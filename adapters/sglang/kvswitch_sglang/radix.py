@@ -213,10 +213,12 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         if switching is None or req.finished() or not req.kv.holds_kv:
             return False
         started = perf_counter()
-        if req.to_finish is None and self._switchable(req) and not self.control.is_lost(req):
-            self._preempt(switching, req)
-        else:
+        if req.to_finish is not None or not self._switchable(req):
             switching.drop(owner_of(req))
+        elif self.control.is_lost(req):
+            switching.lost(owner_of(req), req.owned_kv_len())
+        else:
+            self._preempt(switching, req)
         switching.add_overhead(perf_counter() - started)
         return False
 

@@ -177,6 +177,11 @@ class Switching:
         if tokens:
             self.planner.swap_out(owner, tokens, pages.tolist(), keys=keys, priority=priority)
 
+    def lost(self, owner: Hashable, tokens: int) -> None:
+        """The load of `owner` has failed: as many tokens are to be computed again."""
+        self.drop(owner)
+        self._left[owner] = tokens
+
     def ended(self, owner: Hashable, pages: BlockIds, keys: Sequence[Hashable]) -> None:
         """`owner` has ended, and its full pages are the tree's: send them before they go."""
         self._left.pop(owner, None)
