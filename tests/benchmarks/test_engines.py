@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "engines"))
 
-from comparison import Outcome
+from comparison import Outcome, settings
 from rounds import interval, report, workload_of
 
 
@@ -26,6 +26,14 @@ def test_gaps_and_first_tokens_are_counted_from_arrival() -> None:
     assert figures["throughput"] == 1.0
     assert figures["ttft_p50"] == pytest.approx(2.0)
     assert figures["between_p50"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("epoch", [1, 3, 10])
+def test_who_came_in_can_leave_before_priorities_change_again(epoch: int) -> None:
+    chosen = settings("kvswitch", 0, 5, argparse.Namespace(epoch=epoch))
+    assert chosen is not None
+    assert chosen["epoch"] == epoch
+    assert chosen["quantum"] < epoch
 
 
 # Order statistics around the median: how many are left out on each side, from tables of the sign

@@ -88,7 +88,11 @@ def settings(
     """kvswitch's settings in a mode, for so many sequences in all; None without it."""
     if mode in ("stock", "never"):
         return None
-    common: dict[str, Any] = {"host_memory": "1GiB", "epoch": options.epoch, "quantum": 5}
+    common: dict[str, Any] = {
+        "host_memory": "1GiB",
+        "epoch": options.epoch,
+        "quantum": min(5, options.epoch // 2),
+    }
     if mode == "calm":
         return common
     return {
