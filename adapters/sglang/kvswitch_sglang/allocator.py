@@ -2,8 +2,8 @@
 
 All of SGLang's kernels take pages from the front of ``free_pages``, request after request. So the
 pages are chosen here, on the host, put there in that order, and the rest is SGLang's own code. On a
-GPU nothing here waits for the device: pages that are given back are known by number once a copy to
-the host has ended that was begun when they were, at the next allocation.
+GPU nothing here waits for a forward that has just been launched: pages that are given back are
+known by number once a small copy to the host has ended that was begun when they were.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
     def _drain(self) -> None:
         staged, self._staged = self._staged, []
         for ids, copied in staged:
-            copied.synchronize()  # of the pass before: long done
+            # Nearly always of the pass before, and done. Pages given back in this pass, by a
+            # preemption, are known once the device has come to it.
+            copied.synchronize()
             self.pages.give(ids.numpy().astype(np.int32))
 
 

@@ -52,6 +52,7 @@ def check_names() -> None:
         (Scheduler, "run_batch", ("batch",)),
         (Scheduler, "process_batch_result", ("batch", "result")),
         (Scheduler, "_add_request_to_queue", ("req",)),
+        (Scheduler, "_abort_on_queued_limit", ("recv_req",)),
         (Scheduler, "on_idle", ()),
         (Req, "owned_kv_len", ()),
         (Req, "reset_for_retract", ()),
@@ -78,15 +79,12 @@ def check_context(context: Any, settings: Settings) -> None:
     ConfigError
         It says what to leave out.
     """
-    arguments = context.server_args
-
-    def given(name: str) -> Any:
-        return getattr(arguments, name, None)
-
+    given = context.server_args.resolved_dict().get  # what was asked for may not be what is done
     refused = {
         "models with sliding-window attention": context.is_hybrid_swa,
         "models with recurrent state (Mamba, linear attention)": context.is_hybrid_ssm,
         "sparse attention with an index cache": getattr(context, "is_dsa", False),
+        "encoder-decoder models": getattr(context.model_config, "is_encoder_decoder", False),
         "--disable-radix-cache": context.disable_radix_cache,
         "--enable-hierarchical-cache": context.enable_hierarchical_cache,
         "--enable-lmcache": given("enable_lmcache"),
@@ -96,9 +94,15 @@ def check_context(context: Any, settings: Settings) -> None:
         "speculative decoding": given("speculative_algorithm"),
         "diffusion language models": given("dllm_algorithm"),
         "pipeline parallelism": (given("pp_size") or 1) > 1,
-        "data-parallel attention": given("enable_dp_attention"),
+        "data-parallel attention": given("enable_dp_attention"),  # whichever flag asked for it
         "context parallelism": max(given("attn_cp_size") or 1, given("dcp_size") or 1) > 1,
         "prefill/decode disaggregation": given("disaggregation_mode") not in (None, "null"),
+        "--enable-pdmux": given("enable_pdmux"),
+        # It takes the KV cache's memory away while copies of what has ended still read it.
+        "--enable-memory-saver": given("enable_memory_saver"),
+        # They look up, by where a token's KV is, what its forward had found there.
+        "--enable-return-routed-experts": given("enable_return_routed_experts"),
+        "--enable-return-indexer-topk": given("enable_return_indexer_topk"),
     }
     for what, present in refused.items():
         if present:

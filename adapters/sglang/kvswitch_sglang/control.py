@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from itertools import count
+from pkgutil import resolve_name
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from kvswitch.errors import UnknownSequence
+from kvswitch.errors import ConfigError, UnknownSequence
 from kvswitch.hooks import make_policy
 from kvswitch.scheduling import RequestPriorities
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["Control", "install_hooks", "owner_of", "signed"]
 
 _serial = count()
+
+
+# What is kept on SGLang's requests themselves:
+#   kvswitch_owner   whose copies are its
+#   kvswitch_queued  when it has come or come back: a serial number, the same on all ranks
+#   kvswitch_had     output tokens that it had when it was admitted last
 
 
 def owner_of(req: Any) -> Hashable:
@@ -96,6 +103,7 @@ class Control:
         if not scheduler.waiting_queue or scheduler.waiting_queue[-1] is not req:
             return  # it was refused
         owner = owner_of(req)
+        req.kvswitch_queued = next(_serial)
         self._owners[req.cache_request_handle] = owner
         if not scheduler.enable_priority_scheduling or req.priority is None:
             return
@@ -210,6 +218,8 @@ class Control:
             r
             for r in adder.running_batch.reqs
             if signed(r.priority) < least
+            # Sessions keep their rows, and the members of a beam group share them.
+            and self._cache.switchable(r)
             and not r.finished()
             and not r.next_output_finishes_by_length()
             and r.kv.holds_kv
@@ -217,7 +227,7 @@ class Control:
             and len(r.output_ids) > getattr(r, "kvswitch_had", -1)
             and not self._priorities.protected(owner_of(r))
         ]
-        found.sort(key=lambda r: (signed(r.priority), -r.time_stats.wait_queue_entry_time))
+        found.sort(key=lambda r: (signed(r.priority), -r.kvswitch_queued))
         return found
 
     # -- failed loads ------------------------------------------------------------------------------
@@ -284,11 +294,16 @@ def _control(cache: Any) -> Control | None:
 
 
 def install_hooks() -> None:
-    """Hang on SGLang's scheduler, in this process; once."""
+    """Hang on SGLang's scheduler, in this process; once.
+
+    Raises
+    ------
+    ConfigError
+        SGLang has not let us: another plug-in has hooked the same method before.
+    """
     global _installed  # noqa: PLW0603 - as SGLang's hooks are for a process
     if _installed:
         return
-    _installed = True
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -301,14 +316,22 @@ def install_hooks() -> None:
         f"{scheduler}.process_batch_result": _around_result,
         f"{scheduler}.on_idle": _around_idle,
         f"{scheduler}._add_request_to_queue": _around_queue,
+        f"{scheduler}._abort_on_queued_limit": _around_limit,
         f"{adder}.add_one_req": _around_admission,
         f"{adder}.preempt_to_schedule": _around_preemption,
         f"{batch}.prepare_for_extend": _around_extend,
         f"{batch}.prepare_for_decode": _around_decode,
     }
+    before = {target: resolve_name(target) for target in hooks}
     for target, hook in hooks.items():
         HookRegistry.register(target, hook, HookType.AROUND)
-    HookRegistry.apply_hooks()
+    HookRegistry.apply_hooks()  # passes over what has been hooked already, and says nothing
+    if missing := [target for target in hooks if resolve_name(target) is before[target]]:
+        raise ConfigError(
+            f"kvswitch cannot hook {missing[0]}, as another SGLang plug-in has hooked it. Choose "
+            "one of them: SGLANG_PLUGINS=kvswitch loads no others"
+        )
+    _installed = True
 
     def set_request_priority(self: Any, rid: str, priority: int) -> int:
         control = _control(self.tree_cache)
@@ -358,6 +381,12 @@ def _around_queue(original: Any, self: Any, req: Any, *args: Any, **kwargs: Any)
     if (control := _control(self.tree_cache)) is not None:
         control.queued(self, req)
     return done
+
+
+def _around_limit(original: Any, self: Any, req: Any) -> Any:
+    if req.is_retracted and _control(self.tree_cache) is not None:
+        return False  # one that had been running is not new
+    return original(self, req)
 
 
 def _around_admission(original: Any, self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

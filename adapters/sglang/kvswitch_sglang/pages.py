@@ -174,8 +174,3 @@ class PagePool:
             raise IntegrityError(f"leaked or lost references on pages {wrong[:8].tolist()}")
         if self.available != (free := int((~self._used).sum())):
             raise IntegrityError(f"{free} pages are free, {self.available} were counted")
-
-    def mean_run(self, pages: BlockIds) -> float:
-        """Mean length of the contiguous runs that `pages` make in this order."""
-        breaks = int(np.count_nonzero(np.diff(pages) != 1))
-        return len(pages) / (breaks + 1) if len(pages) else 0.0

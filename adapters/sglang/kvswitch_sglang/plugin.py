@@ -6,6 +6,7 @@ backend is asked for.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 __all__ = ["NAME", "register"]
@@ -25,9 +26,15 @@ def register() -> None:
 
 
 def _make(context: Any) -> Any:
+    from kvswitch.errors import ConfigError
     from kvswitch_sglang.checks import check_version
 
-    check_version()  # before anything is imported that another version may not have
-    from kvswitch_sglang.radix import make_cache
+    try:
+        check_version()  # before anything is imported that another version may not have
+        from kvswitch_sglang.radix import make_cache
 
-    return make_cache(context)
+        return make_cache(context)
+    except ConfigError as error:
+        # In a traceback, between those of SGLang's other processes, it is easily overlooked.
+        print(f"kvswitch: {error}", file=sys.stderr)
+        raise

@@ -8,7 +8,6 @@ everything else that it computes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable
 from time import perf_counter
 from typing import Any
@@ -23,8 +22,8 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_schedule
 
-from kvswitch.errors import ConfigError
 from kvswitch.messages import BlockIds
 from kvswitch_sglang import checks
 from kvswitch_sglang.allocator import GroupMixin, take_over
@@ -66,7 +65,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         self._private: dict[Hashable, torch.Tensor] = {}
         self._runner = runner
         self._on_cpu = torch.device(runner.device).type == "cpu"
-        overlap = not context.server_args.disable_overlap_schedule
+        overlap = not get_schedule().disable_overlap_schedule
         switching = Switching(
             settings,
             pages,
@@ -96,7 +95,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
     # -- what cannot be switched -------------------------------------------------------------------
 
     @staticmethod
-    def _switchable(req: Any) -> bool:
+    def switchable(req: Any) -> bool:
         """Whether a request's KV cache is a function of its token ids, and its own."""
         return (
             req.input_embeds is None
@@ -106,7 +105,8 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         )
 
     def _keys_of(self, req: Any, tokens: Any, pages: int) -> list[bytes]:
-        namespace = (req.extra_key, getattr(req, "cache_salt", None) or None)
+        # SGLang appends the adapter's id to the key a client may choose: the two could be confused.
+        namespace = (req.extra_key, getattr(req, "cache_salt", None) or None, req.lora_id)
         return self._keys.of(owner_of(req), tokens, pages, namespace)
 
     def _row(self, req: Any, tokens: int) -> BlockIds:
@@ -126,7 +126,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             or switching is None
             or req.kv.holds_kv
             or result.device_prefix_len % self.page_size
-            or not self._switchable(req)
+            or not self.switchable(req)
         ):
             return result
         started = perf_counter()
@@ -207,13 +207,17 @@ class KVSwitchRadixCache(UnifiedRadixCache):
 
     def claim_kv_row(self, req: Any) -> bool:
         """Take note that a request is about to give its row back."""
-        if super().claim_kv_row(req):
-            return True
         switching = self.switching
+        if super().claim_kv_row(req):  # a session keeps the row for its next turn
+            if switching is not None:
+                self._allocator.pages.forget(owner_of(req))
+                if req.finished():
+                    self._forget(owner_of(req), req.cache_request_handle)
+            return True
         if switching is None or req.finished() or not req.kv.holds_kv:
             return False
         started = perf_counter()
-        if req.to_finish is not None or not self._switchable(req):
+        if req.to_finish is not None or not self.switchable(req):
             switching.drop(owner_of(req))
         elif self.control.is_lost(req):
             switching.lost(owner_of(req), req.owned_kv_len())
@@ -245,7 +249,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         owner = owner_of(req)
         self._allocator.pages.forget(owner)
         if req.finished() or req.to_finish is not None:  # the latter: aborted for want of memory
-            if req.finished() and checkpointed and self._switchable(req):
+            if req.finished() and checkpointed and self.switchable(req):
                 tokens = req.kv.cache_protected_len
                 keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // self.page_size)
                 switching.ended(owner, self._row(req, tokens), keys)
@@ -262,10 +266,6 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         owner = self.control.owner_of_handle(request)
         if owner is None:
             return
-        tail = self._private.pop(owner, None)
-        if tail is not None:  # its admission failed behind the load
-            pages = (tail[:: self.page_size] // self.page_size).cpu().numpy()
-            self._allocator.pages.give(pages.astype(np.int32))
         self._allocator.pages.forget(owner)
         self.switching.drop(owner)
         self._forget(owner, request)
@@ -300,18 +300,12 @@ def make_cache(context: Any) -> KVSwitchRadixCache:
     ConfigError
         A setting, the model, a flag, or this SGLang does not permit it.
     """
-    try:
-        settings = read_settings()
-        checks.check_names()
-        checks.check_context(context, settings)
-        install_hooks()
-        cache: KVSwitchRadixCache = create_unified_radix_cache(
-            context, cache_class=KVSwitchRadixCache
-        )
-        cache.start(context, settings)
-    except ConfigError as error:
-        print(f"kvswitch: {error}", file=sys.stderr)
-        raise
+    settings = read_settings()
+    checks.check_names()
+    checks.check_context(context, settings)
+    install_hooks()
+    cache: KVSwitchRadixCache = create_unified_radix_cache(context, cache_class=KVSwitchRadixCache)
+    cache.start(context, settings)
     switching = cache.switching
     assert switching is not None
     log.info(

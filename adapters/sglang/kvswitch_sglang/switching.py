@@ -73,6 +73,7 @@ class Switching:
             )
         self._pages = pages
         self._stream = stream
+        self._launched = on_cuda  # a forward has only been launched when SGLang returns from it
         self._layers = len(layout.regions) // _REGIONS
         backend = make_backend(settings.backend, layout, on_cuda=on_cuda)
         self._engine = TransferEngine.open(
@@ -237,8 +238,7 @@ class Switching:
         waited = self._worker.wait()
         self._stall += waited
         began = perf_counter()
-        if self._stream is not None:
-            # Forwards are only launched here: the last one has taken until now.
+        if self._launched:  # the last one has taken until now
             past = began - self._began - self._stalled - waited
             self._seconds = past if self._began else None
         self._began, self._stalled = began, 0.0
@@ -264,7 +264,7 @@ class Switching:
         tuple of Hashable
             Owners whose tokens did not arrive: what the forward has made of them means nothing.
         """
-        if self._stream is None:
+        if not self._launched:
             self._seconds = perf_counter() - self._began - self._stalled
         if self._loads:
             # A forward that did not ask for some layer in Python goes no further without it.
