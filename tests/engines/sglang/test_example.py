@@ -25,6 +25,7 @@ ON_A_CPU = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)
 def test_the_offline_example_switches(models: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(models / "smollm2"), json.dumps(ON_A_CPU)],
@@ -37,6 +38,7 @@ def test_the_offline_example_switches(models: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert "urgent:" in done.stdout
     assert "6 stories were still being told" in done.stdout
+    assert "first to end: story 6" in done.stdout, "its priority was raised"
     preempted = [int(n) for n in re.findall(r"preempted (\d+) times", done.stdout)]
     assert len(preempted) == 6
     assert sum(preempted) > 0

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(models: Path, log: Path, *more: str) -> Iterator[str]:
-    """A server on the command line that a user would give."""
+def serving(models: Path, log: Path, *more: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server on the command line that a user would give: its address, and its process."""
     port = free_port()
     command = [
         sys.executable, "-m", "sglang.launch_server", "--model-path", str(models / "tiny"),
@@ -64,15 +65,13 @@ def serving(models: Path, log: Path, *more: str) -> Iterator[str]:
             except requests.RequestException:
                 pass
             time.sleep(0.5)
-        yield url
-        assert process.poll() is None, log.read_text()[-3000:]
+        yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, how)
+                process.wait(20)
+                break
 
 
 def body(prompt: list[int], tokens: int, priority: int, **more: Any) -> dict[str, Any]:
@@ -107,6 +106,7 @@ def all_at_once(url: str, given: list[list[int]], tokens: int) -> list[list[int]
 
 
 def metric(url: str, name: str) -> float:
+    time.sleep(1.2)  # they are brought up to date once a second
     text = requests.get(f"{url}/metrics", timeout=20).text
     values = [
         float(line.rsplit(" ", 1)[1])
@@ -117,28 +117,50 @@ def metric(url: str, name: str) -> float:
     return sum(values)
 
 
+def stream(url: str, *given: Any, most: int | None = None) -> list[int]:
+    """Read the answer as it comes, and go away after so many pieces of it."""
+    tokens: list[int] = []
+    with requests.post(
+        f"{url}/generate", json=body(*given, stream=True), stream=True, timeout=120
+    ) as answer:
+        pieces = (line[6:] for line in answer.iter_lines() if line.startswith(b"data: {"))
+        for number, piece in enumerate(pieces):
+            tokens = json.loads(piece)["output_ids"]
+            if number + 1 == most:
+                break
+    return tokens
+
+
 @pytest.mark.timeout(600)
 def test_a_server_switches_for_real_clients(models: Path, tmp_path: Path) -> None:
     given = prompts(6, 21, 60, 120)
-    with serving(models, tmp_path / "log") as url:
+    with serving(models, tmp_path / "log") as (url, process):
         alone = [generate(url, p, 100, 0) for p in given]
         assert requests.post(f"{url}/flush_cache", timeout=20).status_code == 200
         assert all_at_once(url, given, 100) == alone
-        for _ in range(3):  # somebody who streams, and goes away
-            with requests.post(
-                f"{url}/generate",
-                json=body(given[0], 200, 0, stream=True),
-                stream=True,
-                timeout=60,
-            ) as answer:
-                next(answer.iter_lines())
-        assert all_at_once(url, given, 100) == alone
-        time.sleep(2)
-        assert metric(url, "switches_out") > 0
+        switched = metric(url, "switches_out")
+        assert switched > 0
+
+        # One who reads on, and some of low priority who go away while others take their place.
+        with ThreadPoolExecutor(8) as pool:
+            leaving = [pool.submit(stream, url, given[0], 200, -1, most=k) for k in (1, 5, 9)]
+            reading = pool.submit(stream, url, given[1], 100, 3)
+            assert all_at_once(url, given, 100) == alone
+            assert reading.result() == alone[1]
+            assert all(0 < len(each.result()) < 200 for each in leaving)
+        assert metric(url, "switches_out") > switched
         assert metric(url, "switches_in") > 0
         assert metric(url, "bytes_in") > 0
         # One token of each at most: with overlap, the one under way when it left.
         assert metric(url, "recomputed_tokens") <= metric(url, "switches_out")
         assert 0 <= metric(url, "host_usage") <= 1
-    with serving(models, tmp_path / "again") as url:
-        assert generate(url, given[0], 100, 0) == alone[0]
+        assert "kvswitch: " in (tmp_path / "log").read_text()
+
+        with ThreadPoolExecutor() as pool:  # it dies in the midst of this
+            pending = [pool.submit(generate, url, prompt, 600, 0) for prompt in given]
+            time.sleep(1)
+            assert process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)
+            assert all(each.exception() for each in pending)
+    with serving(models, tmp_path / "again") as (url, _):
+        assert all_at_once(url, given, 100) == alone

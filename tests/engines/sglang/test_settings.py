@@ -79,9 +79,10 @@ def context(**more: Any) -> Any:
             "is_dsa": False,
             "disable_radix_cache": False,
             "enable_hierarchical_cache": False,
+            "model_config": SimpleNamespace(is_encoder_decoder=False),
             **more,
         },
-        server_args=SimpleNamespace(**{k[4:]: v for k, v in arguments.items()}),
+        server_args=SimpleNamespace(resolved_dict=lambda: {k[4:]: v for k, v in arguments.items()}),
     )
 
 
@@ -92,6 +93,7 @@ def context(**more: Any) -> Any:
         ({"is_hybrid_ssm": True}, "recurrent state"),
         ({"disable_radix_cache": True}, "--disable-radix-cache"),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "encoder-decoder"),
         ({"arg_speculative_algorithm": "EAGLE"}, "speculative"),
         ({"arg_pp_size": 2}, "pipeline"),
         ({"arg_enable_dp_attention": True}, "data-parallel"),
@@ -104,9 +106,43 @@ def test_what_cannot_work_is_refused_by_name(given: dict[str, Any], message: str
         checks.check_context(context(**given), Settings())
 
 
+# Arguments as they are given to SGLang, which may resolve them to others.
+FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({}, ""),
+    "mixed chunks": ({"enable_mixed_chunk": True}, ""),
+    "data-parallel attention": ({"tp_size": 2, "attn_dp_size": 2}, "data-parallel attention"),
+    "its old name": (
+        {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+        "data-parallel attention",
+    ),
+    "pipeline": ({"pp_size": 2, "disable_overlap_schedule": True}, "pipeline parallelism"),
+    "pdmux": (
+        {"enable_pdmux": True, "disable_overlap_schedule": True, "chunked_prefill_size": -1},
+        "--enable-pdmux",
+    ),
+    "disaggregation": ({"disaggregation_mode": "prefill"}, "disaggregation"),
+    "lmcache": ({"enable_lmcache": True}, "--enable-lmcache"),
+    "memory saver": ({"enable_memory_saver": True}, "--enable-memory-saver"),
+    "routed experts": (
+        {"enable_return_routed_experts": True},
+        "--enable-return-routed-experts",
+    ),
+    "speculation": (
+        {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4},
+        "speculative decoding",
+    ),
+}
+
+
+def test_flags_are_refused_as_sglang_understands_them(scenario: Scenario) -> None:
+    found = scenario("starting.flags", cases={name: case for name, (case, _) in FLAGS.items()})
+    for name, (_, message) in FLAGS.items():
+        assert (message in found[name]) if message else not found[name], name
+
+
 def test_what_can_work_is_not_refused(scenario: Scenario) -> None:
     checks.check_context(context(arg_disaggregation_mode="null", arg_pp_size=1), Settings())
-    assert scenario("known") == {"kind": ""}
+    assert scenario("starting.known") == {"kind": ""}
 
 
 def test_a_policy_needs_priorities() -> None:
@@ -132,6 +168,12 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, version: st
 def test_a_scheduler_says_why_it_does_not_start(
     scenario: Scenario, config: dict[str, Any], arguments: dict[str, Any], message: str
 ) -> None:
-    found = scenario("refused", config=config, **arguments)
+    found = scenario("starting.refused", config=config, **arguments)
     assert found["kind"] == "ConfigError"
     assert message in found["message"]
+
+
+def test_another_plug_in_at_the_same_place_is_told_of(scenario: Scenario) -> None:
+    found = scenario("starting.hooked", config={"host_memory": "1MiB"})
+    assert found["kind"] == "ConfigError"
+    assert "Scheduler.run_batch" in found["message"]

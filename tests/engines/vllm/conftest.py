@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ os.environ.update(
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # weights
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from vllm import LLM, SamplingParams
@@ -27,7 +30,7 @@ with warnings.catch_warnings():
     from vllm.lora.request import LoRARequest
     from vllm.platforms.cpu import CpuPlatform
 
-MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
+MODELS = Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
 
 
 SETTINGS: dict[str, Any] = {

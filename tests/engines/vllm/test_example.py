@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
+MODELS = Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
 PROGRAM = Path(__file__).parents[3] / "examples/vllm_offline.py"
 
 

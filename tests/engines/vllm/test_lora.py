@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
-
-RANK = 8
-
-
-def write_adapter(folder: Path, seed: int) -> None:
-    """Random weights for Q and V of the tiny model, large enough to change what it says."""
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "tiny",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": ["q_proj", "v_proj"],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    weights = {}
-    for layer in range(4):
-        for name, width in (("q_proj", 256), ("v_proj", 128)):
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            for part, shape in (("lora_A", (RANK, 256)), ("lora_B", (width, RANK))):
-                values = 0.3 * torch.randn(shape, generator=generator)
-                weights[f"{prefix}.{part}.weight"] = values
-    save_file(weights, folder / "adapter_model.safetensors")
+from weights import ADAPTER_RANK, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +19,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest]:
 
 # One slot more than adapters: vLLM on a CPU gives requests without an adapter, beside others that
 # have one, the weights in the last slot.
-LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 3, "max_lora_rank": RANK}
+LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 3, "max_lora_rank": ADAPTER_RANK}
 
 
 def test_adapters_are_kept_apart_on_the_host(

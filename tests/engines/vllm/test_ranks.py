@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
+MODELS = Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
 
 
 def serve(blocks: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def checks_models() -> Any:
     import os
     from pathlib import Path
 
-    return Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
+    return Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
 
 
 def test_without_the_flag_nothing_changes(make_engine: Any) -> None:

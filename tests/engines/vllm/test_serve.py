@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 
-MODELS = Path(os.environ.get("KVSWITCH_VLLM_MODELS", ".venv/models")).resolve()
+MODELS = Path(os.environ.get("KVSWITCH_MODELS", ".venv/models")).resolve()
 VLLM = str(Path(sys.executable).with_name("vllm"))
 ENVIRONMENT = {
     **os.environ,

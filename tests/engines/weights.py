@@ -1,15 +1,17 @@
-"""Models for the vLLM tests: SmolLM2-135M-Instruct out of a Python package, and a tiny random one.
+"""Models for the engines' tests: SmolLM2-135M-Instruct from a package, and a tiny random one.
 
 Run as a program it writes both, once, for `make`: ``python weights.py FOLDER``.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ADAPTER_RANK = 8
 
 
 def write_smollm2(folder: Path) -> None:
@@ -56,6 +58,34 @@ def write_tiny(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+
+
+def write_adapter(folder: Path, seed: int) -> None:
+    """A LoRA adapter for Q and V of the tiny model, large enough to change what it says."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiny",
+        "r": ADAPTER_RANK,
+        "lora_alpha": 2 * ADAPTER_RANK,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = {}
+    for layer in range(4):
+        for name, width in (("q_proj", 256), ("v_proj", 128)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            for part, shape in (("lora_A", (ADAPTER_RANK, 256)), ("lora_B", (width, ADAPTER_RANK))):
+                values = 0.3 * torch.randn(shape, generator=generator)
+                weights[f"{prefix}.{part}.weight"] = values
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 if __name__ == "__main__":
