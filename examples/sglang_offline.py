@@ -15,25 +15,29 @@ import os
 import sys
 from typing import Any
 
-os.environ["KVSWITCH_CONFIG"] = json.dumps({"host_memory": "2GiB"})
+os.environ.setdefault("KVSWITCH_CONFIG", json.dumps({"host_memory": "2GiB"}))
 
 
-async def ask(engine: Any, prompt: str, tokens: int, priority: int) -> dict[str, Any]:
+async def ask(engine: Any, name: str, prompt: str, tokens: int, priority: int) -> dict[str, Any]:
     answer: dict[str, Any] = await engine.async_generate(
-        prompt, {"temperature": 0, "max_new_tokens": tokens}, priority=priority
+        prompt, {"temperature": 0, "max_new_tokens": tokens}, rid=name, priority=priority
     )
     return answer
 
 
 async def serve(engine: Any) -> None:
     stories = [
-        asyncio.create_task(ask(engine, f"Chapter {i}. Once upon a time,", 300, priority=0))
+        asyncio.create_task(ask(engine, f"story {i}", f"Chapter {i}. Once upon a time,", 300, 0))
         for i in range(1, 7)
     ]
     await asyncio.sleep(1)
-    urgent = await ask(engine, "What is the capital of France?", 30, priority=10)
+    urgent = await ask(engine, "urgent", "What is the capital of France?", 30, priority=10)
     print("urgent:", urgent["text"].strip())
     print(sum(not story.done() for story in stories), "stories were still being told")
+    # Priorities change while requests run or wait: from now on the last story comes first.
+    engine.collective_rpc("set_request_priority", rid="story 6", priority=5)
+    await asyncio.wait(stories, return_when=asyncio.FIRST_COMPLETED)
+    print("first to end:", *(f"story {i}" for i, s in enumerate(stories, 1) if s.done()))
     for story in await asyncio.gather(*stories):
         about = story["meta_info"]
         print(f"{about['completion_tokens']} tokens, preempted {about['num_retractions']} times")
