@@ -31,13 +31,11 @@ async def serve(engine: Any) -> None:
         for i in range(1, 7)
     ]
     await asyncio.sleep(1)
-    urgent = await ask(engine, "urgent", "What is the capital of France?", 30, priority=10)
+    urgent = await ask(engine, "urgent", "The capital of France is", 30, priority=10)
     print("urgent:", urgent["text"].strip())
     print(sum(not story.done() for story in stories), "stories were still being told")
-    # Priorities change while requests run or wait: from now on the last story comes first.
+    # Priorities change while requests run or wait: nobody takes the last story's place any more.
     engine.collective_rpc("set_request_priority", rid="story 6", priority=5)
-    await asyncio.wait(stories, return_when=asyncio.FIRST_COMPLETED)
-    print("first to end:", *(f"story {i}" for i, s in enumerate(stories, 1) if s.done()))
     for story in await asyncio.gather(*stories):
         about = story["meta_info"]
         print(f"{about['completion_tokens']} tokens, preempted {about['num_retractions']} times")

@@ -36,9 +36,8 @@ def test_the_offline_example_switches(models: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "urgent:" in done.stdout
+    assert "urgent: Paris" in done.stdout
     assert "6 stories were still being told" in done.stdout
-    assert "first to end: story 6" in done.stdout, "its priority was raised"
     preempted = [int(n) for n in re.findall(r"preempted (\d+) times", done.stdout)]
     assert len(preempted) == 6
     assert sum(preempted) > 0
