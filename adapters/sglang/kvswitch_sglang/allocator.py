@@ -2,8 +2,8 @@
 
 All of SGLang's kernels take pages from the front of ``free_pages``, request after request. So the
 pages are chosen here, on the host, put there in that order, and the rest is SGLang's own code. On a
-GPU nothing here waits for a forward that has just been launched: pages that are given back are
-known by number once a small copy to the host has ended that was begun when they were.
+GPU, pages that are given back are known by number once a small copy to the host has ended that was
+begun when they were. The next allocation waits for it: as a rule that is a pass later.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
     def _drain(self) -> None:
         staged, self._staged = self._staged, []
         for ids, copied in staged:
-            # Nearly always of the pass before, and done. Pages given back in this pass, by a
-            # preemption, are known once the device has come to it.
-            copied.synchronize()
+            copied.synchronize()  # done already, unless this pass has preempted somebody
             self.pages.give(ids.numpy().astype(np.int32))
 
 

@@ -23,11 +23,11 @@ def install() -> None:
 
     if not hasattr(Backend, "plain_cpu"):
         Backend.plain_cpu = True
-        Backend._run_sdpa_forward_extend = _extend(Backend._run_sdpa_forward_extend)
-        Backend._run_sdpa_forward_decode = _decode(Backend._run_sdpa_forward_decode)
+        Backend._run_sdpa_forward_extend = _in_place_of(Backend._run_sdpa_forward_extend)
+        Backend._run_sdpa_forward_decode = _in_place_of(Backend._run_sdpa_forward_decode)
 
 
-def _extend(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _in_place_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def run(
         self: Any,
         query: torch.Tensor,
@@ -35,61 +35,25 @@ def _extend(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        seq_lens: torch.Tensor,
-        extend_prefix_lens: torch.Tensor,
-        extend_seq_lens: torch.Tensor,
-        encoder_lens: torch.Tensor | None = None,
-        scaling: float | None = None,
-        enable_gqa: bool = False,
-        causal: bool = False,
-        is_cross_attn: bool = False,
-        sliding_window_size: int | None = None,
+        rows: torch.Tensor,
+        lengths: torch.Tensor,
+        *rest: torch.Tensor | None,
+        **named: Any,
     ) -> torch.Tensor:
-        if encoder_lens is not None or not causal or is_cross_attn or _is(sliding_window_size):
+        # Prefills: tokens before, tokens to compute, encoder's tokens; decoding: the last of them.
+        *extends, encoder_lens = rest
+        special = encoder_lens is not None or named["is_cross_attn"]
+        special |= named["sliding_window_size"] is not None
+        if special or (extends and not named["causal"]):
             return original(
-                self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
-                extend_prefix_lens, extend_seq_lens, encoder_lens, scaling, enable_gqa, causal,
-                is_cross_attn, sliding_window_size,
-            )  # fmt: skip
-        slots = _slots(req_to_token, req_pool_indices, seq_lens)
-        _attend(query, output, k_cache, v_cache, slots, extend_seq_lens.tolist(), scaling)
+                self, query, output, k_cache, v_cache, req_to_token, rows, lengths, *rest, **named
+            )
+        slots = _slots(req_to_token, rows, lengths)
+        counts = extends[1].tolist() if extends else [1] * len(slots)
+        _attend(query, output, k_cache, v_cache, slots, counts, named["scaling"])
         return output
 
     return run
-
-
-def _decode(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def run(
-        self: Any,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        seq_lens: torch.Tensor,
-        encoder_lens: torch.Tensor | None = None,
-        scaling: float | None = None,
-        enable_gqa: bool = False,
-        causal: bool = False,
-        is_cross_attn: bool = False,
-        sliding_window_size: int | None = None,
-    ) -> torch.Tensor:
-        if encoder_lens is not None or is_cross_attn or _is(sliding_window_size):
-            return original(
-                self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
-                encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
-            )  # fmt: skip
-        slots = _slots(req_to_token, req_pool_indices, seq_lens)
-        _attend(query, output, k_cache, v_cache, slots, [1] * len(slots), scaling)
-        return output
-
-    return run
-
-
-def _is(sliding_window: int | None) -> bool:
-    return sliding_window is not None and sliding_window > -1
 
 
 def _slots(
