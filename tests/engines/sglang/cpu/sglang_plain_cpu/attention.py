@@ -2,8 +2,8 @@
 
 SGLang's ``torch_native`` pads the rows of a prefill to its whole context. A request that resumes
 with one token to compute then costs as much attention as if nothing of it had been kept. And it
-leaves grouped heads to PyTorch, which with one row in bfloat16 takes six times as long for them as
-for the same heads given as rows.
+leaves grouped heads to PyTorch, which with one row in bfloat16 takes several times as long for them
+as for the same heads given as rows.
 """
 
 from __future__ import annotations
