@@ -80,6 +80,11 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
 
     # -- choosing ----------------------------------------------------------------------------------
 
+    def ample(self, pages: int) -> int:
+        """How many pages should be free for `pages` of them to be in few runs."""
+        self._drain()
+        return self.pages.ample(pages)
+
     def alloc_for(self, owner: Hashable, pages: int) -> BlockIds | None:
         """Pages for one owner; None if there are too few."""
         self._drain()

@@ -44,8 +44,10 @@ class PagePool:
     Parameters
     ----------
     num_pages : int
-    first_group, headroom
+    first_group
         As for `BlockGroupPool`.
+    headroom : float
+        Share of the pages that should be free besides, where what is taken would be many runs.
 
     Attributes
     ----------
@@ -58,6 +60,7 @@ class PagePool:
     def __init__(self, num_pages: int, *, first_group: int, headroom: float) -> None:
         self.num_pages = num_pages
         self._groups = BlockGroupPool(num_pages + 1, first_group=first_group, headroom=headroom)
+        self._headroom = int(num_pages * headroom)
         self._groups.attach(NOBODY, np.zeros(1, np.int32))
         self._groups.detach(NOBODY)
         self._used = np.zeros(num_pages + 1, np.bool_)
@@ -66,6 +69,10 @@ class PagePool:
         self.available = num_pages
 
     # -- SGLang's allocator ------------------------------------------------------------------------
+
+    def ample(self, pages: int) -> int:
+        """How many pages should be free for `pages` of them to be in few runs."""
+        return pages if self._groups.groups().largest >= pages else pages + self._headroom
 
     def take(self, demands: Iterable[tuple[Hashable, int]]) -> BlockIds:
         """Pages for several owners, in order; their sum must be `available`.

@@ -155,6 +155,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         tokens = first + promised
         count = -(-tokens // size) - first // size
         evict_from_tree_cache(self, count * size)
+        evict_from_tree_cache(self, self._allocator.ample(count) * size)
         started = perf_counter()
         keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // size)
         pages = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from sglang_plain_cpu.attention import install
+from sglang_plain_cpu import attention, linear
 
 RANK, RANKS, PORT = (
     int(os.environ.get(f"KVSWITCH_TEST_{name}", default))
@@ -48,7 +48,8 @@ class Server:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-        install()
+        attention.install()
+        linear.install()
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.runtime_context import SpawnRanks, publish
         from sglang.srt.server_args import PortArgs, ServerArgs

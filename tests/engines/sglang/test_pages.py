@@ -113,6 +113,16 @@ def test_pages_of_a_request_adjoin_while_others_grow() -> None:
         assert len(pages) / runs >= 8
 
 
+def test_more_is_to_be_free_where_what_is_taken_would_be_short_runs() -> None:
+    pool = PagePool(64, first_group=8, headroom=0.25)
+    Holder(pool)
+    pages = pool.take([("a", 64)]).tolist()
+    pool.give(np.array(pages[:20:2], np.int32))
+    pool.give(np.array(pages[40:44], np.int32))
+    assert pool.ample(4) == 4
+    assert pool.ample(5) == 5 + 16
+
+
 def test_held_pages_are_free_to_sglang_and_given_up_when_needed() -> None:
     pool, holder = make(8)
     pages = pool.take([("a", 8)]).tolist()

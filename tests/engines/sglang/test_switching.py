@@ -64,6 +64,19 @@ def test_a_turn_that_has_just_ended_is_sent_before_its_pages_go(scenario: Scenar
     assert found["history"] - 17 < found["loaded"] <= found["history"] - 1
 
 
+@pytest.mark.parametrize("headroom", [0.25, 0.0])
+def test_short_turns_that_have_ended_make_room_for_a_context_in_few_runs(
+    scenario: Scenario, headroom: float
+) -> None:
+    loads = scenario("switching.room", config={**MEMORY, "headroom": headroom})["loads"]
+    assert len(loads) == 6
+    short = [load for load in loads if load["largest"] < load["count"] and load["evictable"]]
+    assert short
+    assert all(load["free"] >= load["count"] + 64 * headroom for load in short)
+    if not headroom:
+        assert any(load["free"] < load["count"] + 16 for load in short), "it would show"
+
+
 def test_a_forward_begins_before_its_load_has_ended(scenario: Scenario) -> None:
     found = scenario("switching.layers", config={**MEMORY, "strategy": "async", "window": "64KiB"})
     assert found["first"] > 0

@@ -125,6 +125,42 @@ def layers() -> dict[str, Any]:
     }
 
 
+def room() -> dict[str, Any]:
+    """Contexts come back to memory that is full of short turns that have ended."""
+    server = Server(TINY, max_total_tokens=1024)
+    allocator = server.cache._allocator
+    take, pages = allocator.alloc_for, allocator.pages
+    loads: list[dict[str, int]] = []
+
+    def alloc_for(owner: Any, count: int) -> Any:
+        loads.append(
+            {
+                "count": count,
+                "largest": pages._groups.groups().largest,
+                "free": pages.available,
+                "evictable": server.cache.evictable_size() // server.scheduler.page_size,
+            }
+        )
+        return take(owner, count)
+
+    allocator.alloc_for = alloc_for
+    chats = prompts(6, 9, 170, 171)
+    first = server.run(serve(server, chats, 4))
+    short = prompts(60, 11, 20, 60)
+    requests = serve(server, prompts(5, 12, 20, 40), 90, 10)
+
+    def each(number: int) -> None:
+        if number < len(short):
+            server.submit(f"s{number}", short[number], 2)
+        elif number % 5 == 0 and chats:
+            server.submit(f"c{number}", chats.pop() + first.pop() + [7], 2)
+
+    server.run(requests, each=each)
+    assert not chats
+    server.close()
+    return {"loads": loads}
+
+
 def turns(page_size: int, idle: bool = True) -> dict[str, Any]:
     """The next turn finds the last one on the host, and another request its prefix.
 

@@ -48,22 +48,57 @@ def _in_place_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
             return original(
                 self, query, output, k_cache, v_cache, req_to_token, rows, lengths, *rest, **named
             )
-        slots = _slots(req_to_token, rows, lengths)
-        counts = extends[1].tolist() if extends else [1] * len(slots)
-        _attend(query, output, k_cache, v_cache, slots, counts, named["scaling"])
+        slots = req_to_token[rows, : int(lengths.max())]
+        if not extends or int(extends[1].max()) == 1:
+            _attend_last(query, output, k_cache, v_cache, slots, lengths, named["scaling"])
+            return output
+        start = 0
+        for i, count in enumerate(extends[1].tolist()):
+            here = slice(start, start + count)
+            attend = _attend_last if count == 1 else _attend
+            attend(
+                query[here], output[here], k_cache, v_cache,
+                slots[i : i + 1, : int(lengths[i])], lengths[i : i + 1], named["scaling"],
+            )  # fmt: skip
+            start += count
         return output
 
     return run
 
 
-def _slots(
-    req_to_token: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor
-) -> list[torch.Tensor]:
-    """Where each request's tokens are."""
-    return [
-        req_to_token[row, :length]
-        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
-    ]
+def _attend_last(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float | None,
+) -> None:
+    """Attention of each request's last token to all of its tokens, written to `output`.
+
+    Parameters
+    ----------
+    query, output : Tensor
+        Requests, heads, size of a head.
+    k_cache, v_cache : Tensor
+        Slots, heads of keys and values, size of a head.
+    slots : Tensor
+        Requests, tokens of the longest: where they are. What is behind a request's own is anything.
+    lengths : Tensor
+        Tokens of each request.
+    """
+    inside = torch.arange(slots.shape[1]) < lengths[:, None]
+    slots = torch.where(inside, slots, slots[:, :1])  # a masked NaN would still be one
+    keys, values = (_gather(cache, slots).to(query.dtype) for cache in (k_cache, v_cache))
+    found = scaled_dot_product_attention(
+        query.unflatten(1, (keys.shape[1], -1)),  # heads that share keys are as many rows
+        keys,
+        values,
+        attn_mask=inside[:, None, None],
+        scale=scaling,
+    )
+    output.copy_(found.flatten(1, 2))
 
 
 def _attend(
@@ -71,42 +106,25 @@ def _attend(
     output: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    slots: list[torch.Tensor],
-    counts: list[int],
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
     scaling: float | None,
 ) -> None:
-    """Causal attention of each request's last `counts` tokens, written to `output`.
+    """Causal attention of one request's last tokens, as many as `query` has, as `_attend_last`."""
+    count, total = len(query), slots.shape[1]
+    keys, values = (_gather(cache, slots).to(query.dtype) for cache in (k_cache, v_cache))
+    mask = None
+    if count < total:
+        mask = torch.ones(count, total, dtype=torch.bool).tril(total - count)
+    found = scaled_dot_product_attention(
+        query.movedim(0, 1)[None], keys, values, attn_mask=mask,
+        is_causal=mask is None, scale=scaling, enable_gqa=True,
+    )  # fmt: skip
+    output.copy_(found[0].movedim(1, 0))
 
-    Parameters
-    ----------
-    query, output : Tensor
-        Tokens of all requests, heads, size of a head.
-    k_cache, v_cache : Tensor
-        Slots, heads of keys and values, size of a head.
-    """
-    heads, size = k_cache.shape[1:]
-    start = 0
-    for where, count in zip(slots, counts, strict=True):
-        rows = query[start : start + count]
-        # Rows of a matrix are gathered much faster than parts of a tensor of three dimensions.
-        keys, values = (
-            c.flatten(1).index_select(0, where).unflatten(1, (heads, size)).movedim(0, 1)
-            for c in (k_cache, v_cache)
-        )
-        keys, values = keys.to(rows.dtype), values.to(rows.dtype)
-        if count == 1:  # query heads that share keys are as many rows
-            found = scaled_dot_product_attention(
-                rows.unflatten(1, (heads, -1))[0][None], keys[None], values[None], scale=scaling
-            )
-            output[start] = found[0].flatten(0, 1)
-        else:
-            total = len(where)
-            mask = None
-            if count < total:
-                mask = torch.ones(count, total, dtype=torch.bool).tril(total - count)
-            found = scaled_dot_product_attention(
-                rows.movedim(0, 1)[None], keys[None], values[None], attn_mask=mask,
-                is_causal=mask is None, scale=scaling, enable_gqa=True,
-            )  # fmt: skip
-            output[start : start + count] = found[0].movedim(1, 0)
-        start += count
+
+def _gather(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Keys or values of `slots`: requests, heads, tokens, size of a head."""
+    # Rows of a matrix are gathered much faster than parts of a tensor of three dimensions.
+    rows = cache.flatten(1).index_select(0, slots.flatten())
+    return rows.view(*slots.shape, *cache.shape[1:]).movedim(1, 2)
