@@ -3,13 +3,16 @@
 All of SGLang's kernels take pages from the front of ``free_pages``, request after request. So the
 pages are chosen here, on the host, put there in that order, and the rest is SGLang's own code. On a
 GPU, pages that are given back are known by number once a small copy to the host has ended that was
-begun when they were. The next allocation waits for it: as a rule that is a pass later.
+begun when they were. With overlapped scheduling it waits for the forward under way: two passes on,
+the result of that has been processed. Until then such pages count as free, but are taken, and
+waited for, only where others do not suffice.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +24,19 @@ from sglang.srt.mem_cache.allocator import (
 
 from kvswitch.errors import ConfigError
 from kvswitch.messages import BlockIds
+from kvswitch_sglang.overhead import Overhead
 from kvswitch_sglang.pages import NOBODY, PagePool
 from kvswitch_sglang.settings import Settings
 
 __all__ = ["GroupPagedAllocator", "GroupTokenAllocator", "take_over"]
+
+
+class _Staged(NamedTuple):
+    """Pages that have been given back, on their way to the host."""
+
+    number: int  # of the pass in which they were
+    pages: torch.Tensor
+    copied: Any
 
 
 class GroupMixin(BaseTokenToKVPoolAllocator):
@@ -43,13 +55,15 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
     device: Any
     free_pages: torch.Tensor
 
-    def start(self, settings: Settings, num_pages: int) -> None:
+    def start(self, settings: Settings, num_pages: int, overhead: Overhead) -> None:
         """Begin to allocate in groups; all pages are free."""
         self.pages = PagePool(
             num_pages, first_group=settings.first_group, headroom=settings.headroom
         )
         self.batch = None
-        self._staged: list[tuple[torch.Tensor, Any]] = []
+        self._overhead = overhead
+        self._pass = 0
+        self._staged: deque[_Staged] = deque()
         self._none = torch.empty(0, dtype=torch.int64, device=self.device)
         self.free_pages = self._none
 
@@ -57,7 +71,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
 
     def available_size(self) -> int:
         """Tokens that are free."""
-        staged = sum(len(ids) for ids, _ in self._staged)
+        staged = sum(len(given.pages) for given in self._staged)
         return (self.pages.available + staged) * self.page_size
 
     def get_all_free_pages(self) -> torch.Tensor:
@@ -82,22 +96,25 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
 
     def ample(self, pages: int) -> int:
         """How many pages should be free for `pages` of them to be in few runs."""
-        self._drain()
-        return self.pages.ample(pages)
+        with self._overhead:
+            self._drain(pages)
+            return self.pages.ample(pages)
 
     def alloc_for(self, owner: Hashable, pages: int) -> BlockIds | None:
         """Pages for one owner; None if there are too few."""
-        self._drain()
+        self._drain(pages)
         if pages > self.pages.available:
             return None
         return self.pages.take([(owner, pages)])
 
     def _choose(self, demands: Sequence[tuple[Hashable, int]]) -> bool:
-        self._drain()
-        if sum(pages for _, pages in demands) > self.pages.available:
-            return False
-        self.free_pages = self.indices(self.pages.take(demands))
-        return True
+        with self._overhead:
+            total = sum(pages for _, pages in demands)
+            self._drain(total)
+            if total > self.pages.available:
+                return False
+            self.free_pages = self.indices(self.pages.take(demands))
+            return True
 
     def indices(self, pages: BlockIds) -> torch.Tensor:
         """Page numbers on the device."""
@@ -113,22 +130,31 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
 
     # -- giving back -------------------------------------------------------------------------------
 
-    def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
-        for ids in page_ids:
-            if ids.device.type == "cpu":
-                self.pages.give(ids.numpy().astype(np.int32))
-                continue
-            host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-            host.copy_(ids, non_blocking=True)
-            copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-            self._staged.append((host, copied))
+    def begin_pass(self) -> None:
+        """Begin a scheduling pass."""
+        self._pass += 1
 
-    def _drain(self) -> None:
-        staged, self._staged = self._staged, []
-        for ids, copied in staged:
-            copied.synchronize()  # done already, unless this pass has preempted somebody
-            self.pages.give(ids.numpy().astype(np.int32))
+    def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
+        with self._overhead:
+            for ids in page_ids:
+                if ids.device.type == "cpu":
+                    self.pages.give(ids.numpy().astype(np.int32))
+                    continue
+                host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+                host.copy_(ids, non_blocking=True)
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record()
+                self._staged.append(_Staged(self._pass, host, copied))
+
+    def _drain(self, pages: int | None = None) -> None:
+        """Take note of what has been given back: long ago, or until `pages` are free; None: all."""
+        staged = self._staged
+        while staged and (
+            pages is None or staged[0].number < self._pass - 1 or self.pages.available < pages
+        ):
+            given = staged.popleft()
+            given.copied.synchronize()
+            self.pages.give(given.pages.numpy().astype(np.int32))
 
 
 class GroupPagedAllocator(GroupMixin, PagedTokenToKVPoolAllocator):
@@ -207,8 +233,16 @@ _KINDS: dict[type, type[GroupMixin]] = {
 }
 
 
-def take_over(allocator: Any, settings: Settings) -> GroupMixin:
+def take_over(allocator: Any, settings: Settings, overhead: Overhead) -> GroupMixin:
     """Let SGLang's `allocator`, which others refer to already, allocate in groups from now on.
+
+    Parameters
+    ----------
+    allocator
+        All of its pages are free.
+    settings : Settings
+    overhead : Overhead
+        Where time spent here is counted.
 
     Raises
     ------
@@ -225,5 +259,5 @@ def take_over(allocator: Any, settings: Settings) -> GroupMixin:
         raise ConfigError("the KV cache is in use already: kvswitch must be there from the start")
     allocator.__class__ = kind
     found: GroupMixin = allocator
-    found.start(settings, allocator.size // allocator.page_size)
+    found.start(settings, allocator.size // allocator.page_size, overhead)
     return found

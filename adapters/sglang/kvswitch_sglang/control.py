@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from itertools import count
 from pkgutil import resolve_name
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from kvswitch.errors import ConfigError, UnknownSequence
@@ -61,11 +60,14 @@ class Control:
     ----------
     running : int
         Requests in the decode batch.
+    overhead : Overhead
+        Of the cache's `Switching`.
     """
 
     def __init__(self, cache: Any, switching: Switching, settings: Settings) -> None:
         self._cache = cache
         self._switching = switching
+        self.overhead = switching.overhead
         self._priorities = RequestPriorities(
             make_policy(settings.policy, **settings.policy_settings),
             epoch=settings.epoch,
@@ -82,6 +84,7 @@ class Control:
 
     def begin_pass(self, scheduler: Any, running: Any, last: Any) -> None:
         """Begin a scheduling pass."""
+        self._cache.begin_pass()
         if self._lost:
             # With overlap, their result is still to come. Until then they take part in nothing.
             if scheduler.chunked_req is not None and self.is_lost(scheduler.chunked_req):
@@ -162,15 +165,10 @@ class Control:
         Nobody is preempted if it would not fit then either, as far as can be told beforehand: what
         they share with each other is counted for each of them.
         """
-        started, other = perf_counter(), self._switching.overhead
         # What the tree has of it must not be counted as memory that can be had.
         lock = nullcontext() if req.last_node is None else adder._lock_node(req.last_node)
-        try:
-            with lock:
-                return self._make_room(adder, req)
-        finally:
-            inside = self._switching.overhead - other
-            self._switching.add_overhead(perf_counter() - started - inside)
+        with self.overhead, lock:
+            return self._make_room(adder, req)
 
     def _make_room(self, adder: Any, req: Any) -> bool:
         from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
@@ -343,9 +341,8 @@ def install_hooks() -> None:
 
 def _around_pass(original: Any, self: Any, running_batch: Any, last_batch: Any) -> Any:
     if (control := _control(self.tree_cache)) is not None:
-        started = perf_counter()
-        control.begin_pass(self, running_batch, last_batch)
-        control._switching.add_overhead(perf_counter() - started)
+        with control.overhead:
+            control.begin_pass(self, running_batch, last_batch)
     return original(self, running_batch=running_batch, last_batch=last_batch)
 
 
@@ -364,7 +361,8 @@ def _around_result(original: Any, self: Any, batch: Any, result: Any) -> Any:
     if (control := _control(self.tree_cache)) is not None:
         control.processed(self, batch)
         if (metrics := self.tree_cache.metrics) is not None:
-            metrics.update()
+            with control.overhead:
+                metrics.update()
     return done
 
 
@@ -379,7 +377,8 @@ def _around_idle(original: Any, self: Any) -> Any:
 def _around_queue(original: Any, self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     done = original(self, req, *args, **kwargs)
     if (control := _control(self.tree_cache)) is not None:
-        control.queued(self, req)
+        with control.overhead:
+            control.queued(self, req)
     return done
 
 
@@ -419,15 +418,18 @@ def _preempts() -> bool:
 def _around_extend(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if (control := _control(self.tree_cache)) is None:
         return original(self, *args, **kwargs)
-    control.admitted(self)
-    demands = [(owner_of(req), req.extend_end - req.prefix_len) for req in self.reqs]
+    with control.overhead:
+        control.admitted(self)
+        demands = [(owner_of(req), req.extend_end - req.prefix_len) for req in self.reqs]
     return _allocating(original, self, demands, *args, **kwargs)
 
 
 def _around_decode(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _control(self.tree_cache) is None:
+    if (control := _control(self.tree_cache)) is None:
         return original(self, *args, **kwargs)
-    return _allocating(original, self, [(owner_of(req), 1) for req in self.reqs], *args, **kwargs)
+    with control.overhead:
+        demands = [(owner_of(req), 1) for req in self.reqs]
+    return _allocating(original, self, demands, *args, **kwargs)
 
 
 def _allocating(original: Any, batch: Any, demands: Any, *args: Any, **kwargs: Any) -> Any:

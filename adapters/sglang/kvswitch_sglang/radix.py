@@ -9,7 +9,6 @@ everything else that it computes.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from kvswitch_sglang.allocator import GroupMixin, take_over
 from kvswitch_sglang.control import Control, install_hooks, owner_of, signed
 from kvswitch_sglang.keys import PageKeys
 from kvswitch_sglang.metrics import Metrics
+from kvswitch_sglang.overhead import Overhead
 from kvswitch_sglang.settings import Settings, read_settings
 from kvswitch_sglang.switching import LayerWaits, Switching, log
 
@@ -56,7 +56,8 @@ class KVSwitchRadixCache(UnifiedRadixCache):
 
     def start(self, context: Any, settings: Settings) -> None:
         """Begin to switch."""
-        self._allocator: GroupMixin = take_over(self.token_to_kv_pool_allocator, settings)
+        overhead = Overhead()
+        self._allocator: GroupMixin = take_over(self.token_to_kv_pool_allocator, settings, overhead)
         pages = self._allocator.pages
         kv_cache = self.token_to_kv_pool_allocator.get_kvcache()
         runner = context.tp_worker.model_runner
@@ -75,12 +76,17 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             rank=context.tp_rank if context.tp_size > 1 else 0,
             num_ranks=context.tp_size,
             minimum=self._minimum,
+            overhead=overhead,
             stream=runner.forward_stream if overlap and not self._on_cpu else None,
         )
         kv_cache.register_layer_transfer_counter(LayerWaits(switching))
         self.control = Control(self, switching, settings)
         self.metrics = Metrics(self, switching) if self._enable_metrics_flag else None
         self.switching = switching
+
+    def begin_pass(self) -> None:
+        """Begin a scheduling pass."""
+        self._allocator.begin_pass()
 
     def _minimum(self, numbers: Any) -> Any:
         tensor = torch.from_numpy(numbers)
@@ -129,14 +135,13 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             or not self.switchable(req)
         ):
             return result
-        started = perf_counter()
-        tokens = params.key.token_ids
-        limit = min(len(params.key), len(tokens) - 1)  # its output is needed: one is computed
-        have = 0
-        if limit > result.device_prefix_len:
-            keys = self._keys_of(req, tokens, limit // self.page_size)
-            have = min(switching.reach(owner_of(req), keys), limit)
-        switching.add_overhead(perf_counter() - started)
+        with switching.overhead:
+            tokens = params.key.token_ids
+            limit = min(len(params.key), len(tokens) - 1)  # its output is needed: one is computed
+            have = 0
+            if limit > result.device_prefix_len:
+                keys = self._keys_of(req, tokens, limit // self.page_size)
+                have = min(switching.reach(owner_of(req), keys), limit)
         if have <= result.device_prefix_len:
             return result
         return result._replace(
@@ -154,34 +159,34 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         owner, first, size = owner_of(req), req.prefix_len, self.page_size
         tokens = first + promised
         count = -(-tokens // size) - first // size
+        with switching.overhead:
+            keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // size)
+            # Evicting may send what has ended, which must not take the place of these copies.
+            switching.adopt(owner, keys, _priority_of(req))
         evict_from_tree_cache(self, count * size)
         evict_from_tree_cache(self, self._allocator.ample(count) * size)
-        started = perf_counter()
-        keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // size)
-        pages = None
-        # Evicting may have taken copies: what has ended is sent before its pages go.
-        if switching.reach(owner, keys) >= tokens:
-            pages = self._allocator.alloc_for(owner, count)
-        if pages is not None and switching.reach(owner, keys) < tokens:
-            self._allocator.pages.give(pages)
+        with switching.overhead:
             pages = None
-        if pages is None:
-            switching.add_overhead(perf_counter() - started)
-            return 0, req.last_node
-        switching.load(
-            owner,
-            first,
-            tokens,
-            pages,
-            keys=keys,
-            running=self.control.running,
-            by_layer=self._by_layer(),
-            priority=_priority_of(req),
-        )
-        slots = self._allocator.indices(pages)[:, None] * size
-        slots = (slots + torch.arange(size, device=slots.device)).reshape(-1)
-        self._private[owner] = slots[:promised]
-        switching.add_overhead(perf_counter() - started)
+            if switching.reach(owner, keys) >= tokens:  # not since it was matched, or they failed
+                pages = self._allocator.alloc_for(owner, count)
+            if pages is not None and switching.reach(owner, keys) < tokens:
+                self._allocator.pages.give(pages)
+                pages = None
+            if pages is None:
+                return 0, req.last_node
+            switching.load(
+                owner,
+                first,
+                tokens,
+                pages,
+                keys=keys,
+                running=self.control.running,
+                by_layer=self._by_layer(),
+                priority=_priority_of(req),
+            )
+            slots = self._allocator.indices(pages)[:, None] * size
+            slots = (slots + torch.arange(size, device=slots.device)).reshape(-1)
+            self._private[owner] = slots[:promised]
         return promised, req.last_node
 
     def load_back_is_cache_owned(self) -> bool:
@@ -217,14 +222,13 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             return True
         if switching is None or req.finished() or not req.kv.holds_kv:
             return False
-        started = perf_counter()
-        if req.to_finish is not None or not self.switchable(req):
-            switching.drop(owner_of(req))
-        elif self.control.is_lost(req):
-            switching.lost(owner_of(req), req.owned_kv_len())
-        else:
-            self._preempt(switching, req)
-        switching.add_overhead(perf_counter() - started)
+        with switching.overhead:
+            if req.to_finish is not None or not self.switchable(req):
+                switching.drop(owner_of(req))
+            elif self.control.is_lost(req):
+                switching.lost(owner_of(req), req.owned_kv_len())
+            else:
+                self._preempt(switching, req)
         return False
 
     def _preempt(self, switching: Switching, req: Any) -> None:
@@ -246,18 +250,21 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         switching = self.switching
         if switching is None:
             return
-        started = perf_counter()
+        with switching.overhead:
+            self._allocator.pages.forget(owner_of(req))
+            if req.finished() or req.to_finish is not None:
+                self._ended(switching, req, kept=checkpointed and req.finished())
+
+    def _ended(self, switching: Switching, req: Any, *, kept: bool) -> None:
+        """`req` has ended, or was aborted for want of memory; `kept`: the tree has its pages."""
         owner = owner_of(req)
-        self._allocator.pages.forget(owner)
-        if req.finished() or req.to_finish is not None:  # the latter: aborted for want of memory
-            if req.finished() and checkpointed and self.switchable(req):
-                tokens = req.kv.cache_protected_len
-                keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // self.page_size)
-                switching.ended(owner, self._row(req, tokens), keys)
-            else:
-                switching.drop(owner)
-            self._forget(owner, req.cache_request_handle)
-        switching.add_overhead(perf_counter() - started)
+        if kept and self.switchable(req):
+            tokens = req.kv.cache_protected_len
+            keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // self.page_size)
+            switching.ended(owner, self._row(req, tokens), keys)
+        else:
+            switching.drop(owner)
+        self._forget(owner, req.cache_request_handle)
 
     def release_aborted_request(self, request: Any) -> None:
         """Forget a request that was aborted while it waited."""

@@ -16,6 +16,7 @@ from kvswitch.hooks import make_backend
 from kvswitch.messages import BlockIds
 from kvswitch.switch import EngineSwapManager, ReducedReports, SwapStats, SwapWorker
 from kvswitch.transfer import Layout, TransferEngine
+from kvswitch_sglang.overhead import Overhead
 from kvswitch_sglang.pages import PagePool
 from kvswitch_sglang.settings import Settings
 
@@ -42,6 +43,8 @@ class Switching:
     rank, num_ranks : int
     minimum : callable
         As for `ReducedReports`.
+    overhead : Overhead
+        Where time spent here is counted.
     stream : optional
         The stream on which SGLang runs its forwards; None for the current one, or where forwards
         are synchronous.
@@ -63,6 +66,7 @@ class Switching:
         rank: int,
         num_ranks: int,
         minimum: Callable[[Any], Any],
+        overhead: Overhead,
         stream: object | None,
     ) -> None:
         host_blocks = settings.host_bytes // num_ranks // layout.block_bytes
@@ -105,13 +109,18 @@ class Switching:
         self._left: dict[Hashable, int] = {}  # tokens that a preempted request had computed
         self._recomputed = 0
         self._stall = 0.0
-        self._overhead = 0.0
+        self.overhead = overhead
         self._began = 0.0
         self._stalled = 0.0  # in the present forward
         self._seconds: float | None = None  # that the last forward took besides
         pages.holder = self
 
     # -- admission ---------------------------------------------------------------------------------
+
+    def adopt(self, owner: Hashable, keys: Sequence[Hashable], priority: float) -> None:
+        """Make copies that `keys` name the owner's: nobody less important takes them then."""
+        self.planner.copies.adopt(owner, keys)
+        self.planner.set_priority(owner, priority)
 
     def reach(self, owner: Hashable, keys: Sequence[Hashable]) -> int:
         """Tokens of `owner` that could be loaded, its own or by `keys` of its leading pages."""
@@ -226,15 +235,16 @@ class Switching:
             self._submit()
             self._engine.wait(self.planner.under_way)
             self._observe(None)
-        self._stall += perf_counter() - started
+        waited = perf_counter() - started
+        self._stall += waited
+        self.overhead.leave_out(waited)
 
     # -- the pass ----------------------------------------------------------------------------------
 
     def before_forward(self) -> None:
         """Begin what has been planned; wait for what the forward overwrites or must have."""
-        started = perf_counter()
-        self._submit()
-        self._overhead += perf_counter() - started
+        with self.overhead:
+            self._submit()
         waited = self._worker.wait()
         self._stall += waited
         began = perf_counter()
@@ -272,10 +282,9 @@ class Switching:
             self._engine.wait(self._loads)
             self._loads = ()
         self._stall += self._stalled
-        started = perf_counter()
-        self._observe(self._seconds)
-        lost, self._lost = self._lost, ()
-        self._overhead += perf_counter() - started
+        with self.overhead:
+            self._observe(self._seconds)
+            lost, self._lost = self._lost, ()
         return lost
 
     def tick(self) -> None:
@@ -294,21 +303,12 @@ class Switching:
 
     # -- reports -----------------------------------------------------------------------------------
 
-    @property
-    def overhead(self) -> float:
-        """Seconds spent inside kvswitch so far."""
-        return self._overhead
-
-    def add_overhead(self, seconds: float) -> None:
-        """Count time spent inside kvswitch elsewhere."""
-        self._overhead += seconds
-
     def stats(self) -> SwapStats:
         """Counters so far."""
         stats = self.planner.stats()
         stats.tokens_lost = self._recomputed
         stats.stall_seconds = self._stall
-        stats.overhead_seconds = self._overhead
+        stats.overhead_seconds = self.overhead.seconds
         return stats
 
     def held_pages(self) -> list[int]:

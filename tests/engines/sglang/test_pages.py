@@ -10,7 +10,11 @@ import pytest
 
 from kvswitch.errors import IntegrityError
 from kvswitch.messages import BlockIds
+from kvswitch_sglang import overhead
+from kvswitch_sglang.allocator import GroupTokenAllocator, _Staged
+from kvswitch_sglang.overhead import Overhead
 from kvswitch_sglang.pages import NOBODY, PagePool
+from kvswitch_sglang.settings import Settings
 
 
 class Holder:
@@ -155,3 +159,66 @@ def test_a_leak_is_found() -> None:
     pool.hold(pages)
     with pytest.raises(IntegrityError, match="leaked"):
         pool.check_integrity([])
+
+
+class Copy:
+    """A copy to the host that somebody may have to wait for."""
+
+    waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_pages_on_their_way_to_the_host_are_waited_for_two_passes_later_or_when_needed() -> None:
+    allocator: GroupTokenAllocator = object.__new__(GroupTokenAllocator)
+    allocator.page_size, allocator.device = 1, "cpu"
+    allocator.start(Settings(), 8, Overhead())
+    Holder(allocator.pages)
+    assert allocator._choose([("a", 6)])
+    given = allocator.free_pages
+
+    def give(first: int, last: int) -> Copy:
+        copied = Copy()
+        allocator._staged.append(_Staged(allocator._pass, given[first:last], copied))
+        return copied
+
+    early = give(0, 2)
+    assert allocator.available_size() == 4
+    assert allocator._choose([("b", 2)])
+    assert not early.waited
+    for _ in range(2):
+        assert not early.waited
+        allocator.begin_pass()
+        assert allocator._choose([("b", 0)])
+    assert early.waited
+    one, two = give(2, 3), give(3, 6)
+    assert allocator._choose([("b", 3)])
+    assert (one.waited, two.waited) == (True, False)
+    assert not allocator._choose([("b", 4)])
+    assert allocator._choose([("b", 3)])
+    allocator.pages.check_integrity([])
+
+
+def test_time_inside_counts_once_and_without_what_was_spent_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(overhead, "perf_counter", lambda: now)
+    inside = Overhead()
+    with inside:
+        now += 1
+        with inside:
+            now += 10
+            inside.leave_out(4)
+        now += 2
+    now += 100
+
+    def late() -> None:
+        nonlocal now
+        now += 5
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError), inside:
+        late()
+    assert inside.seconds == 14

@@ -64,17 +64,31 @@ def test_a_turn_that_has_just_ended_is_sent_before_its_pages_go(scenario: Scenar
     assert found["history"] - 17 < found["loaded"] <= found["history"] - 1
 
 
-@pytest.mark.parametrize("headroom", [0.25, 0.0])
 def test_short_turns_that_have_ended_make_room_for_a_context_in_few_runs(
-    scenario: Scenario, headroom: float
+    scenario: Scenario,
 ) -> None:
-    loads = scenario("switching.room", config={**MEMORY, "headroom": headroom})["loads"]
-    assert len(loads) == 6
-    short = [load for load in loads if load["largest"] < load["count"] and load["evictable"]]
-    assert short
-    assert all(load["free"] >= load["count"] + 64 * headroom for load in short)
-    if not headroom:
-        assert any(load["free"] < load["count"] + 16 for load in short), "it would show"
+    ample, none = (
+        scenario("switching.room", config={**MEMORY, "headroom": headroom})
+        for headroom in (0.25, 0.0)
+    )
+    short = [x for x in ample["loads"] if x["largest"] < x["count"] and x["evictable"]]
+    assert all(load["free"] >= load["count"] + 16 for load in short)
+    assert ample["per_copy"] > 2 * none["per_copy"]
+
+
+def test_what_the_host_has_of_a_chat_gives_way_to_nothing_less_important(
+    scenario: Scenario,
+) -> None:
+    found = scenario("switching.full_host", config={"host_memory": "1792KiB"})  # 28 pages
+    assert found["loaded"] == 8
+
+
+def test_under_frequent_switches_hardly_anything_is_sent_twice(scenario: Scenario) -> None:
+    found = scenario("switching.frequent", config=MEMORY)
+    assert found["retractions"] >= 60
+    assert found["recomputed"] == 0
+    assert found["spared"] >= 0.9
+    assert found["per_copy"] >= 8
 
 
 def test_a_forward_begins_before_its_load_has_ended(scenario: Scenario) -> None:

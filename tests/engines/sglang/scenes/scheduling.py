@@ -146,15 +146,17 @@ def preemption_for_memory() -> dict[str, Any]:
         max_running_requests=16,
         enable_priority_scheduling=True,
     )
-    low = [server.submit(f"low{i}", p, 120, priority=1) for i, p in enumerate(prompts(4, 2))]
+    given = [*prompts(4, 2), *prompts(1, 3, 200, 201), *prompts(1, 4, 200, 201)]
+    expected, _ = reference(server, given, 120, together=1)
+    low = [server.submit(f"low{i}", p, 120, priority=1) for i, p in enumerate(given[:4])]
     for _ in range(12):
         server.step()
-    high = server.submit("high", prompts(1, 3, 200, 201)[0], 60, priority=50)
+    high = server.submit("high", given[4], 60, priority=50)
     for _ in range(3):
         server.step()
     assert high.kv.holds_kv, "it did not get in"
     gone = sum(r.retraction_count for r in low)
-    same = server.submit("same", prompts(1, 4, 200, 201)[0], 60, priority=1)
+    same = server.submit("same", given[5], 60, priority=1)
     for _ in range(3):
         server.step()
     again = sum(r.retraction_count for r in low)
@@ -163,7 +165,8 @@ def preemption_for_memory() -> dict[str, Any]:
     for _ in range(3):
         server.step()
     raised = same.kv.holds_kv
-    server.run([*low, high, same])
+    found = server.run([*low, high, same])
+    assert found == [tokens[:n] for tokens, n in zip(expected, [120] * 4 + [60] * 2, strict=True)]
     server.check_idle()
     server.close()
     return {

@@ -146,19 +146,75 @@ def room() -> dict[str, Any]:
     allocator.alloc_for = alloc_for
     chats = prompts(6, 9, 170, 171)
     first = server.run(serve(server, chats, 4))
+    asked = [chat + answer + [7] for chat, answer in zip(chats, first, strict=True)]
+    expected, _ = reference(server, asked, 6)
+    for chat in chats:
+        server.run([server.submit("again", chat, 4)])
     short = prompts(60, 11, 20, 60)
     requests = serve(server, prompts(5, 12, 20, 40), 90, 10)
+    second: list[Any] = []
 
     def each(number: int) -> None:
         if number < len(short):
             server.submit(f"s{number}", short[number], 2)
-        elif number % 5 == 0 and chats:
-            server.submit(f"c{number}", chats.pop() + first.pop() + [7], 2)
+        elif number % 5 == 0 and len(second) < len(asked):
+            second.append(server.submit(f"c{number}", asked[len(second)], 6))
 
+    before = server.switching.stats()
+    loaded, copies = before.blocks_in, before.copies_in
     server.run(requests, each=each)
-    assert not chats
+    assert server.run(second) == expected
+    after = server.switching.stats()
+    server.check_idle()
     server.close()
-    return {"loads": loads}
+    return {
+        "loads": loads,
+        "per_copy": (after.blocks_in - loaded) / (after.copies_in - copies),
+    }
+
+
+def frequent() -> dict[str, Any]:
+    """Everybody is retracted every third pass."""
+    server = Server(TINY, max_total_tokens=4096)
+    given = prompts(4, 17, 600, 700)
+    expected, _ = reference(server, given, 60)
+    requests = serve(server, given, 60)
+
+    def each(number: int) -> None:
+        if number % 3 == 2:
+            server.retract(range(4), poison=True)
+            server.check()
+
+    assert server.run(requests, each=each) == expected
+    stats = server.switching.stats()
+    server.check_idle()
+    server.close()
+    return {
+        "retractions": sum(r.retraction_count for r in requests),
+        "spared": stats.share_spared,
+        "per_copy": stats.blocks_in / stats.copies_in,
+        "recomputed": stats.tokens_lost,
+    }
+
+
+def full_host() -> dict[str, Any]:
+    """A chat goes on when host memory has no room for what has to leave the device for it."""
+    server = Server(TINY, max_total_tokens=512)
+    chat = prompts(1, 21, 126, 127)[0]
+    (answer,) = server.run([server.submit("chat", chat, 4)])
+    history = chat + answer + [7] * 10
+    (expected,) = server.run([server.submit("fresh", history, 10)])
+    assert server.scheduler.flush_cache()
+    server.run([server.submit("chat", chat, 4)])
+    server.poison()
+    other = server.submit("other", prompts(1, 22, 400, 401)[0], 4)
+    while not other.finished():
+        server.step()
+    before = server.switching.stats().blocks_in
+    assert server.run([server.submit("next", history, 10)]) == [expected]
+    server.check_idle()
+    server.close()
+    return {"loaded": server.switching.stats().blocks_in - before}
 
 
 def turns(page_size: int, idle: bool = True) -> dict[str, Any]:
