@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Sequence
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +104,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
     def alloc_for(self, owner: Hashable, pages: int) -> BlockIds | None:
         """Pages for one owner; None if there are too few."""
         self._drain(pages)
+        self._drain(self.pages.ample(pages))  # what was evicted for it was given back just now
         if pages > self.pages.available:
             return None
         return self.pages.take([(owner, pages)])
@@ -153,7 +155,9 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
             pages is None or staged[0].number < self._pass - 1 or self.pages.available < pages
         ):
             given = staged.popleft()
+            started = perf_counter()
             given.copied.synchronize()
+            self._overhead.leave_out(perf_counter() - started)
             self.pages.give(given.pages.numpy().astype(np.int32))
 
 

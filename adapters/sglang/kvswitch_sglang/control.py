@@ -359,18 +359,19 @@ def _around_forward(original: Any, self: Any, batch: Any, *args: Any, **kwargs: 
 def _around_result(original: Any, self: Any, batch: Any, result: Any) -> Any:
     done = original(self, batch, result)
     if (control := _control(self.tree_cache)) is not None:
-        control.processed(self, batch)
-        if (metrics := self.tree_cache.metrics) is not None:
-            with control.overhead:
+        with control.overhead:
+            control.processed(self, batch)
+            if (metrics := self.tree_cache.metrics) is not None:
                 metrics.update()
     return done
 
 
 def _around_idle(original: Any, self: Any) -> Any:
     if (control := _control(self.tree_cache)) is not None:
-        control._switching.tick()
-        if (metrics := self.tree_cache.metrics) is not None:
-            metrics.update()
+        with control.overhead:
+            control._switching.tick()
+            if (metrics := self.tree_cache.metrics) is not None:
+                metrics.update()
     return original(self)
 
 

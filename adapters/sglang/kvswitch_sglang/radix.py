@@ -164,8 +164,8 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             # Evicting may send what has ended, which must not take the place of these copies.
             switching.adopt(owner, keys, _priority_of(req))
         evict_from_tree_cache(self, count * size)
-        evict_from_tree_cache(self, self._allocator.ample(count) * size)
         with switching.overhead:
+            evict_from_tree_cache(self, self._allocator.ample(count) * size)
             pages = None
             if switching.reach(owner, keys) >= tokens:  # not since it was matched, or they failed
                 pages = self._allocator.alloc_for(owner, count)

@@ -278,6 +278,7 @@ class Server:
         switching.settle()
         assert not switching.planner.busy
         assert switching.planner.copies.num_leases() == 0
+        assert len(switching.planner.copies) == 0, "copies of somebody who has gone"
         assert switching.held_pages() == []
         assert not self.cache._private
         assert not self.cache._keys._known

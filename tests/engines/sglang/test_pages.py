@@ -200,6 +200,25 @@ def test_pages_on_their_way_to_the_host_are_waited_for_two_passes_later_or_when_
     allocator.pages.check_integrity([])
 
 
+def test_a_load_waits_for_what_was_evicted_for_it_where_other_pages_are_short_runs() -> None:
+    allocator: GroupTokenAllocator = object.__new__(GroupTokenAllocator)
+    allocator.page_size, allocator.device = 1, "cpu"
+    allocator.start(Settings(headroom=0.25), 16, Overhead())
+    Holder(allocator.pages)
+    assert allocator._choose([("a", 16)])
+    pages = allocator.free_pages
+    allocator.pages.give(pages[:8:2].numpy().astype(np.int32))
+    evicted = Copy()
+    allocator._staged.append(_Staged(allocator._pass, pages[8:12], evicted))
+    assert allocator.ample(1) == 1
+    assert not evicted.waited
+    assert allocator.ample(3) == 3 + 4
+    got = allocator.alloc_for("load", 3)
+    assert evicted.waited
+    assert got is not None
+    assert np.diff(got).tolist() == [1, 1]
+
+
 def test_time_inside_counts_once_and_without_what_was_spent_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

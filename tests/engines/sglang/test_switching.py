@@ -72,8 +72,11 @@ def test_short_turns_that_have_ended_make_room_for_a_context_in_few_runs(
         for headroom in (0.25, 0.0)
     )
     short = [x for x in ample["loads"] if x["largest"] < x["count"] and x["evictable"]]
+    assert short
     assert all(load["free"] >= load["count"] + 16 for load in short)
-    assert ample["per_copy"] > 2 * none["per_copy"]
+    assert ample["per_copy"] >= 4
+    assert none["per_copy"] <= 3
+    assert ample["passes"] >= 60
 
 
 def test_what_the_host_has_of_a_chat_gives_way_to_nothing_less_important(
