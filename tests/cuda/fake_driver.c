@@ -39,11 +39,12 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 
 typedef struct { int device, references; } Context;
 typedef struct { word base, nbytes; int device, flags; } Range;  // device -1: registered host memory
-typedef struct { Context* context; int is_event; word recorded, reached; double time; unsigned flags; } Event;
+typedef struct { int reached; double time; } Mark;  // one recording; leaked: work under way may refer to it
+typedef struct { Context* context; int is_event; Mark* newest; unsigned flags; } Event;
 typedef struct Work {
     enum { COPIES, KERNEL, RECORD, WAIT } kind;
-    Event* event;
-    word version, count, *dst, *src, *nbytes;
+    Mark* mark;
+    word count, *dst, *src, *nbytes;
     char* early;  // what ANY order has read already
     struct Work* next;
 } Work;
@@ -170,11 +171,11 @@ static void* serve(void* argument) {
                 pthread_mutex_lock(&lock);
             }
         }
-        while (work->kind == WAIT && !now.lost && work->event->reached < work->version)
+        while (work->kind == WAIT && !now.lost && !work->mark->reached)
             pthread_cond_wait(&changed, &lock);
         if (work->kind == RECORD && !now.lost) {
-            work->event->reached = work->version;
-            work->event->time = seconds();
+            work->mark->reached = 1;
+            work->mark->time = seconds();
         }
         stream->head = work->next;
         if (!stream->head) stream->tail = NULL;
@@ -245,7 +246,7 @@ static int apart(const word* dst, const word* nbytes, word count) {  // undefine
 }
 static Work* copies(const word* dst, const word* src, const word* nbytes, word count, int any) {
     Work* work = calloc(1, sizeof *work);
-    *work = (Work){COPIES, NULL, 0, count, kept(dst, count), kept(src, count), kept(nbytes, count), NULL, NULL};
+    *work = (Work){COPIES, NULL, count, kept(dst, count), kept(src, count), kept(nbytes, count), NULL, NULL};
     if (any) {
         word total = 0;
         for (word i = 0; i < count; i++) total += nbytes[i];
@@ -429,9 +430,9 @@ int cuStreamWaitEvent(void* handle, Event* event, unsigned flags) {
     Stream* stream = find_stream(handle);
     REQUIRE(stream && is_live(event), INVALID_HANDLE);
     REQUIRE(!flags, INVALID_VALUE);
-    if (event->reached < event->recorded) {
+    if (event->newest && !event->newest->reached) {
         Work* work = calloc(1, sizeof *work);
-        *work = (Work){WAIT, event, event->recorded, 0, NULL, NULL, NULL, NULL, NULL};
+        *work = (Work){WAIT, event->newest, 0, NULL, NULL, NULL, NULL, NULL};
         give(stream, work);
     }
     return leave(SUCCESS);
@@ -455,28 +456,28 @@ int cuEventRecord(Event* event, void* handle) {
     Stream* stream = find_stream(handle);
     REQUIRE(stream && is_live(event) && event->context == stream->context, INVALID_HANDLE);
     Work* work = calloc(1, sizeof *work);
-    *work = (Work){RECORD, event, ++event->recorded, 0, NULL, NULL, NULL, NULL, NULL};
+    *work = (Work){RECORD, event->newest = calloc(1, sizeof(Mark)), 0, NULL, NULL, NULL, NULL, NULL};
     give(stream, work);
     return leave(SUCCESS);
 }
 int cuEventQuery(Event* event) {
     ENTER(CONTEXT | UNSAFE);
     REQUIRE(is_live(event), INVALID_HANDLE);
-    return leave(event->reached < event->recorded ? NOT_READY : SUCCESS);
+    return leave(event->newest && !event->newest->reached ? NOT_READY : SUCCESS);
 }
 int cuEventSynchronize(Event* event) {
     ENTER(CONTEXT | UNSAFE);
     REQUIRE(is_live(event), INVALID_HANDLE);
-    word version = event->recorded;
-    while (event->reached < version && !now.lost) pthread_cond_wait(&changed, &lock);
-    return leave(event->reached < version ? now.lost : SUCCESS);
+    Mark* mark = event->newest;
+    while (mark && !mark->reached && !now.lost) pthread_cond_wait(&changed, &lock);
+    return leave(mark && !mark->reached ? now.lost : SUCCESS);
 }
 int cuEventElapsedTime(float* ms, Event* begin, Event* end) {
     ENTER(CONTEXT);
-    REQUIRE(is_live(begin) && is_live(end) && begin->recorded && end->recorded, INVALID_HANDLE);
+    REQUIRE(is_live(begin) && is_live(end) && begin->newest && end->newest, INVALID_HANDLE);
     REQUIRE(!((begin->flags | end->flags) & 2), INVALID_HANDLE);  // timing disabled
-    REQUIRE(begin->reached == begin->recorded && end->reached == end->recorded, NOT_READY);
-    *ms = (float)((end->time - begin->time) * 1e3);
+    REQUIRE(begin->newest->reached && end->newest->reached, NOT_READY);
+    *ms = (float)((end->newest->time - begin->newest->time) * 1e3);
     return leave(SUCCESS);
 }
 int cuEventElapsedTime_v2(float* ms, Event* begin, Event* end) { return cuEventElapsedTime(ms, begin, end); }

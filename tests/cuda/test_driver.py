@@ -247,3 +247,31 @@ def test_nothing_is_left_of_a_switch_that_cannot_be_made(fake_cuda: Any) -> None
             ).close()
         except KVSwitchError as error:
             assert "OUT_OF_MEMORY" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("place", ["fake_cuda", pytest.param("real_cuda", marks=pytest.mark.gpu)])
+def test_an_event_recorded_anew_elsewhere_is_not_held_up_by_its_first_recording(
+    request: pytest.FixtureRequest, place: str
+) -> None:
+    from kvswitch_cuda import CudaBackend
+
+    cuda = request.getfixturevalue(place)
+    if place == "fake_cuda":
+        cuda.reset(pause_us=50_000)
+    backend = CudaBackend(0, copies="loop")
+    context, nbytes = backend.context, 1 << 20
+    driver = context.driver
+    source, target = cuda.device(nbytes), cuda.host(nbytes)
+    slow, quick = context.open_stream(), context.open_stream()
+    event = context.take_event()
+    with context:
+        assert driver.copy(target.address, source.address, nbytes, slow) == 0
+        assert driver.record(event, slow) == 0
+        assert driver.record(event, quick) == 0
+        assert driver.synchronize(event) == 0
+        driver("cuStreamSynchronize", driver.api.CUstream(slow))
+        assert driver.query(event) == 0
+    context.return_event(event)
+    for stream in (slow, quick):
+        context.close_stream(stream)
+    backend.close()
