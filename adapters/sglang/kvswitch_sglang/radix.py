@@ -167,7 +167,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         with switching.overhead:
             evict_from_tree_cache(self, self._allocator.ample(count) * size)
             pages = None
-            if switching.reach(owner, keys) >= tokens:  # not since it was matched, or they failed
+            if switching.reach(owner, keys) >= tokens:  # none was lost since it was matched
                 pages = self._allocator.alloc_for(owner, count)
             if pages is not None and switching.reach(owner, keys) < tokens:
                 self._allocator.pages.give(pages)

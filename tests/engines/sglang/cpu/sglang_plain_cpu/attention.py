@@ -55,11 +55,13 @@ def _in_place_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
         start = 0
         for i, count in enumerate(extends[1].tolist()):
             here = slice(start, start + count)
-            attend = _attend_last if count == 1 else _attend
-            attend(
-                query[here], output[here], k_cache, v_cache,
-                slots[i : i + 1, : int(lengths[i])], lengths[i : i + 1], named["scaling"],
-            )  # fmt: skip
+            own, length = slots[i : i + 1, : int(lengths[i])], lengths[i : i + 1]
+            if count == 1:
+                _attend_last(
+                    query[here], output[here], k_cache, v_cache, own, length, named["scaling"]
+                )
+            else:
+                _attend(query[here], output[here], k_cache, v_cache, own, named["scaling"])
             start += count
         return output
 
@@ -107,10 +109,9 @@ def _attend(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
-    lengths: torch.Tensor,
     scaling: float | None,
 ) -> None:
-    """Causal attention of one request's last tokens, as many as `query` has, as `_attend_last`."""
+    """Causal attention of one request's last tokens, as many as `query` has; see `_attend_last`."""
     count, total = len(query), slots.shape[1]
     keys, values = (_gather(cache, slots).to(query.dtype) for cache in (k_cache, v_cache))
     mask = None
