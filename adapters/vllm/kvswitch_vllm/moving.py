@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from kvswitch.errors import ConfigError
@@ -16,6 +17,7 @@ from kvswitch_vllm.wire import Load, StepOrders, WorkerReports
 __all__ = ["Moving", "cache_layout"]
 
 _KEPT = 4096  # failed swap-outs that are remembered
+_MOMENT = 1e-3  # seconds that a step without a forward waits for what is under way
 
 
 class Moving:
@@ -66,6 +68,7 @@ class Moving:
         self._failed: set[int] = set()  # swap-outs
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
+        self._idle = False
         self._stall = 0.0
         self._reports: list[tuple[int, bytes, float]] = []
 
@@ -73,6 +76,7 @@ class Moving:
         """Begin what is ordered; wait for what the forward is going to overwrite or read."""
         for load in step.lost:
             self._fail(load)
+        self._idle = step.idle
         if step.orders is None:
             return
         orders = decode_orders(step.orders)
@@ -83,6 +87,11 @@ class Moving:
 
     def after_forward(self) -> set[str]:
         """Collect what has ended; the requests whose load has."""
+        if self._idle:
+            # Else an engine in the same process, stepping on and on, would keep Python from those
+            # who copy: they would take ten times as long.
+            with suppress(TimeoutError):
+                self._engine.drain(_MOMENT)
         report = self._worker.report()
         self._failed.update(transfer for transfer in report.failed if transfer not in self._loads)
         for transfer in (*report.completed, *report.failed):

@@ -8,7 +8,7 @@ then nothing is held, and the forward waits for what it is about to overwrite.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
@@ -78,7 +78,7 @@ class Planning:
         self._ranks = RankReports(num_ranks)
         self._manager: Any = None
         self._scheduler: Any = None  # ours, unless in connector-only mode
-        self._running = 0  # in the last step, in connector-only mode
+        self._running = 0  # in the last step
         self.loading: set[str] = set()
         self._lost: list[Load] = []
         self._offer: tuple[str, int, int, bool] | None = None
@@ -193,17 +193,25 @@ class Planning:
 
     # -- leaving ---------------------------------------------------------------------------------
 
-    def preempted(self, request: Any, *, hold: bool) -> AbstractContextManager[None]:
-        """`request` is about to lose its blocks, within what this returns: send what is missing.
+    def preempted(self, request: Any, *, hold: bool) -> Sequence[int]:
+        """`request` is about to lose its blocks: send what is missing.
 
-        What the host has already is free then, and best overwritten first. What is sent follows
-        when it has been: until then it is held, or, without `hold`, better left alone.
+        What is sent is held until it has been, or, without `hold`, better left alone.
+
+        Returns
+        -------
+        sequence of int
+            Blocks for which `freeing` is meant: the host has what is in them, or will.
         """
         (ids,) = self._manager.get_block_ids(request.request_id)
         have = self._leave(request, request.num_computed_tokens, ids, hold=hold)
-        if self.groups is None or not hold:
+        return ids[: have // self.block_tokens] if hold else ()
+
+    def freeing(self, copied: Collection[int]) -> AbstractContextManager[None]:
+        """What of `copied` becomes free within this is best overwritten first."""
+        if self.groups is None or not copied:
             return nullcontext()
-        return self.groups.copied(ids[: have // self.block_tokens])
+        return self.groups.copied(copied)
 
     def _leave(self, request: Any, tokens: int, ids: Sequence[int], *, hold: bool) -> int:
         """Swap out; tokens that the host has, or will have."""
@@ -260,7 +268,7 @@ class Planning:
             for ids in output.scheduled_cached_reqs.new_block_ids:
                 if ids:
                     self.planner.written(ids[0])
-        self._running = len(output.num_scheduled_tokens)
+        before, self._running = self._running, len(output.num_scheduled_tokens)
         if not (self.planner.busy or self._lost):
             self._stepped = started if self._running else 0.0
             return StepOrders()
@@ -277,9 +285,10 @@ class Planning:
                 loads[transfer.id] = Load(name if name in self.loading else None, blocks)
         lost, self._lost = tuple(self._lost), []
         self._observe_step(started)
+        idle = not (before or self._running)
         if not (orders.transfers or orders.cancel or orders.wait or lost):
-            return StepOrders()
-        return StepOrders(encode(orders), loads, lost)
+            return StepOrders(idle=idle)
+        return StepOrders(encode(orders), loads, lost, idle)
 
     def _observe_step(self, now: float) -> None:
         if self._stepped:

@@ -51,6 +51,7 @@ class SwitchMixin(_Scheduler):
         self._headroom = int(getattr(self.kv_cache_manager, "watermark_blocks", 0))
         self._scheduling = False
         self._in_before: set[str] = set()
+        self._copied: set[int] = set()  # in `deferred_frees`, and the host has their content
         manager = self.kv_cache_manager
         manager.allocate_slots = _landed_without_headroom(manager.allocate_slots)
 
@@ -95,10 +96,18 @@ class SwitchMixin(_Scheduler):
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         started = perf_counter()
         # In the midst of scheduling, vLLM needs the blocks at once: the forward will wait.
-        freeing = self._planning.preempted(request, hold=not self._scheduling)
+        copied = self._planning.preempted(request, hold=not self._scheduling)
         self._planning.overhead_seconds += perf_counter() - started
-        with freeing:
+        with self._planning.freeing(copied):
             super()._preempt_request(request, *args, **kwargs)
+        if self._deferred():
+            self._copied.update(copied)
+
+    def _drain_deferred_frees(self) -> None:
+        with self._planning.freeing(self._copied):
+            super()._drain_deferred_frees()
+        if self._copied:
+            self._copied.intersection_update(block.block_id for block in self._deferred())
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._priorities.remove(request.request_id)
@@ -207,12 +216,13 @@ class SwitchMixin(_Scheduler):
 
     def _room(self) -> int:
         """Blocks that are free, or will be without preempting anybody."""
-        deferred = sum(  # those that are read by a swap-out, too, are among the held ones
-            block.ref_cnt == 1
-            for _, blocks in getattr(self, "deferred_frees", ())
-            for block in blocks
-        )
-        return self._planning.pool.free_blocks + self._planning.planner.held_blocks + int(deferred)
+        # Those that are read by a swap-out, too, are among the held ones.
+        deferred = sum(int(block.ref_cnt == 1) for block in self._deferred())
+        return self._planning.pool.free_blocks + self._planning.planner.held_blocks + deferred
+
+    def _deferred(self) -> list[Any]:
+        """Blocks of requests that have left while a forward that writes them is under way."""
+        return [block for _, blocks in getattr(self, "deferred_frees", ()) for block in blocks]
 
     def _need(self, request: Any) -> int:
         """Blocks that a waiting request needs of those that are free."""

@@ -41,11 +41,14 @@ class StepOrders(KVConnectorMetadata):
         By id of the swap-ins among them.
     lost : tuple of Load
         Swap-ins that cannot take place, to be reported as failed.
+    idle : bool
+        Transfers are under way, and no forward is, nor was in the step before.
     """
 
     orders: bytes | None = None
     loads: dict[int, Load] = field(default_factory=dict)
     lost: tuple[Load, ...] = ()
+    idle: bool = False
 
 
 @dataclass(slots=True)

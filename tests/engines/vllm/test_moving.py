@@ -92,6 +92,19 @@ def test_bytes_go_out_and_come_back(worker: Moving, caches: Mapping[str, Any]) -
     assert worker.take_reports() is None
 
 
+def test_a_step_without_a_forward_waits_for_what_is_under_way(
+    worker: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "_MOMENT", 60.0)
+    out, back = out_and_in()
+    loads = {back.id: Load("r", (5, 6))}
+    worker.before_forward(StepOrders(orders(out, back), loads, idle=True))
+    assert worker.after_forward() == {"r"}
+    monkeypatch.setattr(moving, "_MOMENT", 0.0)
+    worker.before_forward(StepOrders(idle=True))
+    assert worker.after_forward() == set()
+
+
 def test_load_of_what_failed_to_leave_has_failed(
     caches: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
