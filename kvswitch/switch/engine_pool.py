@@ -277,7 +277,7 @@ class EngineSwapManager(OrderList):
     def retire(
         self, owner: Hashable, tokens: int, blocks: Sequence[int], keys: Sequence[Hashable]
     ) -> None:
-        """`owner` has ended; send its full blocks at idle priority, for others to find by `keys`.
+        """`owner` has ended; `send_idle` sends its full blocks, for others to find by `keys`.
 
         The blocks are not held: whoever needs memory may have them, and then they are not sent.
         """
@@ -289,6 +289,21 @@ class EngineSwapManager(OrderList):
             owner, full * self.block_tokens, list(blocks[:full]), list(keys[:full])
         )
         self.set_priority(owner, _LEAST)
+
+    def leave(self, owner: Hashable) -> None:
+        """`owner` has ended while it was off the device: what is being sent of it still lands."""
+        self.set_priority(owner, _LEAST)
+        self._retired(owner)
+
+    def send_idle(self) -> None:
+        """Send one that has ended (`retire`) if nothing else goes out.
+
+        To be called while all that has keys in the engine's pool has been computed, or will be by a
+        forward that has begun: not between the planning of a step and its orders.
+        """
+        while self._idle and not self._out:
+            first = next(iter(self._idle))
+            self._stats.idle_copies += self._send_retired(self._idle.pop(first))
 
     def send_ended(self, owner: Hashable) -> None:
         """`owner` has ended (`retire`) and its blocks are about to go: send them now."""
@@ -432,8 +447,6 @@ class EngineSwapManager(OrderList):
     def orders(self) -> tuple[SwapOrders, dict[int, Hashable]]:
         """What is to be done in the coming step, and whose swap-in each planned one is."""
         self._step += 1
-        if self._idle and not self._out:
-            self._send_idle()
         owners: dict[int, Hashable] = {}
         for incoming in self._arriving:
             after = [
@@ -531,12 +544,6 @@ class EngineSwapManager(OrderList):
     def _leave(self, out: _Out) -> None:
         for block in out.blocks:
             self._leaving[block] = max(out.transfer.id, self._leaving.get(block, -1))
-
-    def _send_idle(self) -> None:
-        """Send what is left of the next one that has ended; at most one at a time."""
-        while self._idle and not self._out:
-            first = next(iter(self._idle))
-            self._stats.idle_copies += self._send_retired(self._idle.pop(first))
 
     def _send_retired(self, idle: _Idle) -> bool:
         """Send what is left of one that has ended, and forget it then; whether it was anything."""

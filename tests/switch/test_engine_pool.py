@@ -69,6 +69,7 @@ class World:
             self.pool.keys[block] = keys[i] if i < len(keys) else None
 
     def orders(self) -> SwapOrders:
+        self.planner.send_idle()
         orders, _ = self.planner.orders()
         for transfer in orders.transfers:
             pairs = [(s + i, d + i) for s, d, n in transfer.runs.tolist() for i in range(n)]
@@ -193,6 +194,21 @@ def test_retired_is_found_by_its_keys() -> None:
     assert world.planner.swap_in("b", 0, 8, back, keys=keys[:2]) == 8
     world.rest()
     assert [world.device[b] for b in back] == [("a", 0), ("a", 1)]
+
+
+def test_who_ends_while_it_is_away_leaves_its_copies() -> None:
+    """Its last token was under way when it left: what is being sent then is found by its keys."""
+    world = World()
+    blocks, keys = world.pool.take(3), ["x", "y", "z"]
+    world.write(blocks, "a", keys)
+    leave(world, "a", blocks, keys=keys)
+    world.orders()
+    world.planner.leave("a")
+    world.planner.leave("unknown")
+    world.rest()
+    assert "a" not in world.planner.copies
+    assert world.planner.reach("b", keys) == 12
+    assert len(world.pool.free) == 16
 
 
 def test_what_was_used_again_is_not_sent() -> None:

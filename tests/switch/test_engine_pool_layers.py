@@ -129,11 +129,13 @@ def test_what_has_ended_is_sent_when_its_blocks_are_about_to_go(
         planner.retire(owner, 8, blocks, keys)
     planner.send_ended("b")
     planner.send_ended("unknown")
+    planner.send_idle()
     orders, _ = planner.orders()
     assert moved(orders, OUT) == [1, 2], "a is idle, and waits until nothing else goes out"
     assert pool.held[3] == pool.held[4] == 1
     finish(planner, completed=planner.under_way)
     assert planner.reach("later", ["b0", "b1"]) == 8
+    planner.send_idle()
     later, _ = planner.orders()
     assert moved(later, OUT) == [2]
     finish(planner, completed=planner.under_way)

@@ -256,6 +256,7 @@ class Switching:
     def _submit(self) -> None:
         if not self.planner.busy:
             return
+        self.planner.send_idle()
         orders, owners = self.planner.orders()
         waited = set(orders.wait)
         self._loads += tuple(i for i in owners if i not in waited)

@@ -72,6 +72,7 @@ class KVSwitchConnector(KVConnectorBase_V1, SupportsHMA):
                 block_bytes=self._block_bytes,
                 num_ranks=self._ranks,
                 asynchronous=bool(vllm_config.scheduler_config.async_scheduling),
+                alone=vllm_config.parallel_config.data_parallel_size == 1,
                 log=log,
             )
 

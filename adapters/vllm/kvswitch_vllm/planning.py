@@ -38,6 +38,8 @@ class Planning:
     num_ranks : int
     asynchronous : bool
         Whether vLLM schedules ahead of the forward: then no batch waits for a swap-in.
+    alone : bool
+        Whether no other engine waits for this one's steps (data parallelism).
     log : logging.Logger
 
     Attributes
@@ -62,6 +64,7 @@ class Planning:
         block_bytes: int,
         num_ranks: int,
         asynchronous: bool,
+        alone: bool,
         log: Any,
     ) -> None:
         self.settings = settings
@@ -74,6 +77,7 @@ class Planning:
         self._block_bytes = block_bytes
         self._swap = settings.preemption == "switch"
         self._asynchronous = asynchronous
+        self._alone = alone
         self._log = log
         self._ranks = RankReports(num_ranks)
         self._manager: Any = None
@@ -125,6 +129,15 @@ class Planning:
             return done
 
         manager.reset_prefix_cache = reset_prefix_cache
+        new_step_starts = manager.new_step_starts
+
+        def step_starts() -> None:
+            # vLLM names blocks by their content when it gives them out, before that is computed.
+            if self._scheduler is None:
+                self.planner.send_idle()
+            new_step_starts()
+
+        manager.new_step_starts = step_starts
 
     def attach_scheduler(self, scheduler: Any) -> None:
         """From now on `scheduler` tells of preemptions before they take place."""
@@ -233,8 +246,11 @@ class Planning:
         self._left.pop(name, None)
         self._tables.pop(name, None)
         self._keys.pop(name, None)
-        if name in self.loading or not ids or not self._swap:
+        if name in self.loading or not self._swap:
             self.planner.drop(name)
+            return
+        if not ids:  # preempted before its last token was known
+            self.planner.leave(name)
             return
         tokens = request.num_computed_tokens
         keys = request.block_hashes
@@ -285,7 +301,7 @@ class Planning:
                 loads[transfer.id] = Load(name if name in self.loading else None, blocks)
         lost, self._lost = tuple(self._lost), []
         self._observe_step(started)
-        idle = not (before or self._running)
+        idle = self._alone and not (before or self._running)
         if not (orders.transfers or orders.cancel or orders.wait or lost):
             return StepOrders(idle=idle)
         return StepOrders(encode(orders), loads, lost, idle)

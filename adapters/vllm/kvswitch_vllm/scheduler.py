@@ -11,6 +11,7 @@ import functools
 import heapq
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -81,6 +82,7 @@ class SwitchMixin(_Scheduler):
                 self.max_num_active_reqs = slots
 
     def _begin_iteration(self) -> None:
+        self._planning.planner.send_idle()
         for request in self.running:
             if request.request_id not in self._in_before:
                 self._priorities.entered(request.request_id)
@@ -100,12 +102,15 @@ class SwitchMixin(_Scheduler):
         self._planning.overhead_seconds += perf_counter() - started
         with self._planning.freeing(copied):
             super()._preempt_request(request, *args, **kwargs)
-        if self._deferred():
-            self._copied.update(copied)
+        self._copied.update(copied)
+        self._note_deferred()
 
     def _drain_deferred_frees(self) -> None:
         with self._planning.freeing(self._copied):
             super()._drain_deferred_frees()
+        self._note_deferred()
+
+    def _note_deferred(self) -> None:
         if self._copied:
             self._copied.intersection_update(block.block_id for block in self._deferred())
 
@@ -158,16 +163,20 @@ class SwitchMixin(_Scheduler):
         if head.priority >= lowest:
             return
         # Who has blocks already, loaded or being loaded, comes before all others.
-        landing = len(getattr(self, "kv_holding_waiting", ()))
+        landing = sum(
+            request.status != RequestStatus.WAITING_FOR_STREAMING_REQ
+            for request in getattr(self, "kv_holding_waiting", ())
+        )
         slots = self._slots() - self._streaming() - landing
         reserved = int(self._inflight_prefill_reserved_blocks())
         room = self._room() - reserved
-        taken = self._headroom + reserved - self._planning.pool.free_blocks
-        if len(running) < slots and (need := self._need(head)) + self._headroom <= room:
+        held = self._referenced()
+        taken = self._headroom + reserved - self._soon_free()
+        if len(running) < slots and (need := self._need(head, held)) + self._headroom <= room:
             self._planning.planner.give_way(need + taken)
             return  # vLLM admits it; the next one is looked at in the next iteration
-        protected = self._priorities.protected
-        if all(map(protected, running)):
+        protected = [self._priorities.protected(r) or not _may_leave(r) for r in running]
+        if all(protected):
             return
         waiting = [
             request
@@ -183,22 +192,28 @@ class SwitchMixin(_Scheduler):
             Candidates(
                 priority=np.array([r.priority for r in them], np.float64),
                 arrival=np.array([r.arrival_time for r in them], np.float64),
-                blocks=np.array([*map(self._need, waiting), *map(self._held, running)], np.int64),
+                blocks=np.array(
+                    [*(self._need(r, held) for r in waiting), *map(self._held, running)], np.int64
+                ),
                 running=old,
-                protected=np.array([False] * len(waiting) + [*map(protected, running)]),
+                protected=np.array([False] * len(waiting) + protected),
             ),
             room=room,
             slots=slots,
             headroom=self._headroom,
         )
         for request in [them[i] for i in leaving]:
-            self.running.remove(request)
-            self._preempt_request(request, time.monotonic())
-            # Its next batch is to be told all of its tokens anew.
-            self.prev_step_scheduled_req_ids.discard(request.request_id)
+            self._take_out(request)
         if leaving:
-            taken = self._headroom + reserved - self._planning.pool.free_blocks
+            taken = self._headroom + reserved - self._soon_free()
             self._planning.planner.give_way(blocks + taken)
+
+    def _take_out(self, request: Any) -> None:
+        """Preempt a running request."""
+        self.running.remove(request)
+        self._preempt_request(request, time.monotonic())
+        # Its next batch is to be told all of its tokens anew.
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
 
     def slots_are_taken(self) -> bool:
         """Whether requests that run or are being loaded have all slots."""
@@ -216,25 +231,34 @@ class SwitchMixin(_Scheduler):
 
     def _room(self) -> int:
         """Blocks that are free, or will be without preempting anybody."""
+        return self._soon_free() + self._planning.planner.held_blocks
+
+    def _soon_free(self) -> int:
+        """Blocks that are free, or will be when the forward under way has ended."""
         # Those that are read by a swap-out, too, are among the held ones.
         deferred = sum(int(block.ref_cnt == 1) for block in self._deferred())
-        return self._planning.pool.free_blocks + self._planning.planner.held_blocks + deferred
+        return self._planning.pool.free_blocks + deferred
 
     def _deferred(self) -> list[Any]:
         """Blocks of requests that have left while a forward that writes them is under way."""
         return [block for _, blocks in getattr(self, "deferred_frees", ()) for block in blocks]
 
-    def _need(self, request: Any) -> int:
+    def _referenced(self) -> Counter[int]:
+        """Blocks by how often they are referenced though no request runs or loads with them."""
+        held = Counter(set(self._planning.planner.holds()))
+        held.update(block.block_id for block in self._deferred())
+        return held
+
+    def _need(self, request: Any, held: Counter[int]) -> int:
         """Blocks that a waiting request needs of those that are free."""
         blocks = -(-(request.num_tokens + 1) // self.block_size)
         if self.cache_config.enable_prefix_caching and not request.skip_reading_prefix_cache:
             pool = self.kv_cache_manager.block_pool
-            held = set(self._planning.planner.holds())
             for key in request.block_hashes:
                 found = pool.get_cached_block(key, [0])
                 if found is None:
                     break
-                blocks -= found[0].ref_cnt > (found[0].block_id in held)  # somebody runs with it
+                blocks -= found[0].ref_cnt > held[found[0].block_id]  # somebody runs with it
         return max(int(blocks), 1)
 
     def _held(self, request: Any) -> int:
@@ -243,20 +267,52 @@ class SwitchMixin(_Scheduler):
         return sum(int(block.ref_cnt == 1) for block in blocks)
 
     def _let_grow(self) -> None:
-        """Give up holds for what runs, so that nobody is preempted whose turn it is."""
+        """Make room for what runs: nobody whose turn it is has to leave, or to stand still."""
         planner = self._planning.planner
-        if not planner.held_blocks:
-            return
-        most = len(self.running) + self.max_num_scheduled_tokens // self.block_size
+        most = 2 * (len(self.running) + self.max_num_scheduled_tokens // self.block_size)
         free = self._planning.pool.free_blocks
         if free >= most:
             return
+        planner.give_way(self._growth() - free)
+        # While a forward is under way that writes the least important one's blocks, vLLM preempts
+        # nobody, and lets all stand still that need some. Without it they are free a step later.
+        if getattr(self, "defer_block_free", False):
+            while self._growth(steps=2) > self._room():
+                others = sorted(filter(_may_leave, self.running), key=_importance)[1:]
+                if not others:
+                    return
+                self._take_out(others[-1])
+
+    def _growth(self, steps: int = 1) -> int:
+        """Blocks that running requests need for their next steps."""
         need = 0
         for request in self.running:
-            tokens = request.num_tokens_with_spec + request.num_output_placeholders
+            if _is_ending(request):
+                continue
+            tokens = request.num_tokens_with_spec + request.num_output_placeholders + steps - 1
+            most = request.num_computed_tokens + steps * self.max_num_scheduled_tokens
             have = len(self.kv_cache_manager.get_blocks(request.request_id).blocks[0])
-            need += max(0, -(-tokens // self.block_size) - have)
-        planner.give_way(need - free)
+            need += max(0, -(-min(tokens, most) // self.block_size) - have)
+        return need
+
+
+def _importance(request: Any) -> tuple[float, float]:
+    return request.priority, request.arrival_time
+
+
+def _may_leave(request: Any) -> bool:
+    """Whether preempting a running request makes sense: nobody waits for the user, or is through.
+
+    What a session of streamed input has got would be lost to vLLM.
+    """
+    return not (getattr(request, "resumable", False) or _is_ending(request))
+
+
+def _is_ending(request: Any) -> bool:
+    """Whether the forward under way gives a request the last token that it may have."""
+    ahead = request.num_output_placeholders
+    tokens = request.num_computed_tokens + 2 - ahead  # as vLLM counts them, in `schedule`
+    return bool(ahead > 0 and tokens >= request.num_prompt_tokens + request.max_tokens)
 
 
 def _landed_without_headroom(allocate: Callable[..., Any]) -> Callable[..., Any]:

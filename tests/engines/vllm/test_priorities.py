@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from kvswitch_vllm.scheduler import _may_leave
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -25,6 +28,44 @@ def test_important_request_preempts(
     assert steps <= 4
     assert engine.stats.preemptions >= 1
     engine.run()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nobody_stands_still_beside_less_important_ones(
+    make_engine: Any, random_prompts: Any, asynchronous: bool
+) -> None:
+    """All of them grow until there is no memory left: the least important one has to leave."""
+    engine = make_engine({}, blocks=25, asynchronous=asynchronous)
+    for i, prompt in enumerate(random_prompts(3, 200)):
+        # The first of those that run is the least important one, and needs no block for long.
+        engine.add(f"r{i}", prompt if i else prompt[:180], 150, priority=5 - i)
+        engine.step()
+    tokens, still = {}, 0
+    least, *others = engine.scheduler.requests.values()
+    while all(not request.is_finished() for request in others):
+        engine.step()
+        for request in others:
+            if request in engine.scheduler.running and least in engine.scheduler.running:
+                then, step = tokens.get(request, (-1, 0))
+                still = max(still, step)
+                grown = request.num_output_tokens > then
+                tokens[request] = (request.num_output_tokens, 0 if grown else step + 1)
+    assert engine.stats.preemptions > 0
+    assert still <= 3
+    engine.run()
+
+
+def test_who_ends_anyway_or_is_streamed_to_does_not_leave() -> None:
+    def request(computed: int, ahead: int, *, resumable: bool = False) -> Any:
+        return SimpleNamespace(
+            num_prompt_tokens=10, max_tokens=5, num_computed_tokens=computed,
+            num_output_placeholders=ahead, resumable=resumable,
+        )  # fmt: skip
+
+    assert _may_leave(request(12, 0))
+    assert _may_leave(request(13, 1))
+    assert not _may_leave(request(14, 1)), "the forward under way gives its last token"
+    assert not _may_leave(request(12, 0, resumable=True))
 
 
 def test_slots_are_taken_too(make_engine: Any, random_prompts: Any) -> None:

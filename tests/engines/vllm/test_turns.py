@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvswitch.errors import TransferError
 from kvswitch.messages import Direction
@@ -61,6 +62,77 @@ def test_next_turn_swaps_in(make_engine: Any, random_prompts: Any, caching: bool
     plain = make_engine()
     plain.add("turn2", turn, 40)
     assert engine.tokens["turn2"] == plain.run()["turn2"]
+
+
+@pytest.mark.parametrize("only_connector", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_sent_of_ended_turns_has_been_computed(
+    make_engine: Any,
+    random_prompts: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    asynchronous: bool,
+    only_connector: bool,
+) -> None:
+    """vLLM names a block by its content when it gives it out, before the forward computes it.
+
+    If an ended turn's block were found by that name between then and the step's orders, what the
+    copy reads would be somebody else's.
+    """
+    engine = make_engine(
+        {}, blocks=40, asynchronous=asynchronous, only_connector=only_connector, max_num_seqs=3
+    )
+    manager = engine.scheduler.kv_cache_manager
+    given_out = sent = False
+
+    def note(owner: Any, name: str, *, giving: bool) -> None:
+        call = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal given_out
+            done = call(*args, **kwargs)
+            given_out = giving
+            return done
+
+        monkeypatch.setattr(owner, name, noted)
+
+    def keep(*args: Any) -> Any:
+        nonlocal sent
+        sent = True
+        assert not given_out
+        return found(*args)
+
+    found = engine.planning.planner._pool.keep
+    monkeypatch.setattr(engine.planning.planner._pool, "keep", keep)
+    note(manager, "allocate_slots", giving=True)
+    note(engine.planning, "step", giving=False)
+    engine.add_batch(8, 100, 30)
+    engine.run()
+    assert sent
+
+
+def test_turn_that_ends_while_it_is_away_can_be_gone_on_with(
+    make_engine: Any, random_prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last token was under way when it was preempted, so it ends without any block."""
+    monkeypatch.setattr(moving, "make_backend", lambda *_, **__: CpuBackend(bandwidth=1e6))
+    engine = make_engine({"quantum": 0}, blocks=60, max_num_seqs=1)
+    turn, other = random_prompts(2, 300)
+    engine.add("turn", turn, 60, priority=1)
+    for _ in range(30):
+        engine.step()
+    engine.add("other", other, 20, priority=0)
+    while not engine.stats.preemptions:
+        engine.step()
+    request = next(r for name, r in engine.scheduler.requests.items() if name.startswith("turn"))
+    engine.planning.finished(request, ())
+    engine.planning.planner.check_integrity()
+    keys = list(request.block_hashes)
+    get_kv_transfer_group()._moving._engine.drain()
+    for _ in range(2):
+        engine.step()
+    assert not engine.stats.resumptions
+    assert engine.planning.planner.reach("next turn", keys) == 32 * len(keys) > 300
+    engine.run()
 
 
 def test_salt_keeps_tenants_apart(make_engine: Any, random_prompts: Any) -> None:
