@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -52,6 +52,7 @@ observations = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(orders)
 def test_orders_arrive_as_they_were_sent(sent: SwapOrders) -> None:
     arrived = decode_orders(encode(sent))
@@ -66,6 +67,7 @@ def test_orders_arrive_as_they_were_sent(sent: SwapOrders) -> None:
         assert there.num_blocks == here.num_blocks
 
 
+@settings(deadline=None)
 @given(observations)
 def test_observations_arrive_as_they_were_sent(sent: Observations) -> None:
     assert decode_observations(encode(sent)) == sent
@@ -141,6 +143,7 @@ def test_what_is_no_observations_message_is_refused(data: bytes) -> None:
         decode_observations(data)
 
 
+@settings(deadline=None)
 @given(orders, st.data())
 def test_damaged_messages_never_end_in_another_error(sent: SwapOrders, data: st.DataObject) -> None:
     damaged = bytearray(encode(sent))

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 
-from hypothesis import given  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from kvswitch import ConfigError  # noqa: E402
@@ -28,6 +28,7 @@ def tokenizer() -> Tokenizer:
 printable = st.characters(exclude_categories=["Cc", "Cn", "Co", "Cs"], include_characters="\n\t")
 
 
+@settings(deadline=None)
 @given(text=st.text(printable))
 def test_any_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text

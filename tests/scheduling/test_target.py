@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvswitch.scheduling.target import NEVER, enough_for_another, exchange, take_greedily
@@ -25,6 +25,7 @@ def columns(order: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     return table[:, 0], table[:, 1]
 
 
+@settings(deadline=None)
 @given(in_order, st.integers(0, 30), st.integers(1, 5))
 def test_whoever_fits_beside_the_higher_ones_is_taken(
     order: list[tuple[int, int]], capacity: int, slots: int
@@ -33,6 +34,7 @@ def test_whoever_fits_beside_the_higher_ones_is_taken(
     assert taken.tolist() == naive_target(order, capacity, slots)
 
 
+@settings(deadline=None)
 @given(in_order, st.integers(0, 30), st.integers(1, 5))
 def test_the_capacity_that_is_enough_for_another_target_is_the_least_one(
     order: list[tuple[int, int]], capacity: int, slots: int
@@ -45,6 +47,7 @@ def test_the_capacity_that_is_enough_for_another_target_is_the_least_one(
     assert enough_for_another(target, need, margin, slots) == next(others, NEVER)
 
 
+@settings(deadline=None)
 @given(needs, needs, st.integers(-8, 20), st.integers(0, 4))
 def test_all_that_can_come_in_do_and_no_more_leave_than_must(
     incoming: list[int], leaving: list[int], room: int, places: int

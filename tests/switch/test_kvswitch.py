@@ -150,7 +150,7 @@ def test_in_series_nothing_goes_on_beside_copies(tools: Any, make_switch: Any) -
 
 
 def test_a_batch_that_waits_is_stalled(tools: Any, make_switch: Any) -> None:
-    switch = make_switch(backend=CpuBackend(bandwidth=BLOCK_BYTES * 300), strategy="sync")
+    switch = make_switch(backend=CpuBackend(bandwidth=BLOCK_BYTES * 30), strategy="sync")
     switch.allocate("a", 48)
     switch.preempt("a")
     tools.settle(switch)

@@ -259,7 +259,7 @@ def test_without_merging_a_slow_rank_reads_garbage(
 
     monkeypatch.setattr(Engine, "gather", gather_from_rank_0)
     monkeypatch.setattr(SwapWorker, "wait", lambda self: 0.0)
-    engine = Engine(0, make_ranks(CpuBackend(), CpuBackend(bandwidth=2e6)))
+    engine = Engine(0, make_ranks(CpuBackend(), CpuBackend(bandwidth=5e5)))
     with pytest.raises(AssertionError, match="rank 1"):
         run(engine)
 

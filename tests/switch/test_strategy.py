@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvswitch.messages import Direction, Measurement, Observations
@@ -67,6 +67,7 @@ def test_without_measurements_nothing_is_waited_for() -> None:
     assert other.step_seconds == 0
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
     running=st.integers(1, 60),

@@ -184,7 +184,7 @@ def test_events_are_reached_in_order_and_tell_when(slow: Copies, queue: Queue) -
     assert first.done()
     assert first.time <= second.time
     # A device's clock is read through the host's, which somebody else may keep busy.
-    assert before - 0.1 <= first.time <= second.time <= time.perf_counter() + 0.1
+    assert before - 1.0 <= first.time <= second.time <= time.perf_counter() + 1.0
 
 
 def test_waiting_for_an_event_gives_up_in_time(slow: Copies, queue: Queue) -> None:

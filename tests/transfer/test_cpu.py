@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -36,7 +35,7 @@ def backend() -> Iterator[CpuBackend]:
 def test_bytes_land_when_their_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
     monkeypatch.setattr("kvswitch.transfer.cpu.time.sleep", lambda _: over.wait(PATIENCE))
-    backend = CpuBackend(bandwidth=1e6)
+    backend = CpuBackend(bandwidth=10.0)
     queue = backend.open_queue(Direction.OUT)
     src, dst = np.ones((2, 100), np.uint8)
     queue.copy(copies(src, dst, (0, 0, 100)), 0, 1)
@@ -51,13 +50,12 @@ def test_bytes_land_when_their_time_is_over(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bandwidth_bounds_each_direction_by_itself() -> None:
-    bandwidth, nbytes, windows = 20e6, 100_000, 20
+    bandwidth, nbytes, windows = 4e6, 100_000, 20
     backend = CpuBackend(bandwidth=bandwidth)
     src, dst = np.zeros((2, nbytes * windows), np.uint8)
     window = [(i * nbytes, i * nbytes, nbytes) for i in range(windows)]
     marks = []
-    for direction in Direction:
-        queue = backend.open_queue(direction)
+    for queue in [backend.open_queue(direction) for direction in Direction]:
         begin = queue.record()
         every = copies(src, dst, *window)
         for i in range(windows):
@@ -263,14 +261,15 @@ def test_a_backend_told_so_leaves_single_copies_for_a_while(
         return len(asked) != 2
 
     monkeypatch.setattr(Pieces, "move", move)
-    monkeypatch.setattr("kvswitch.transfer.cpu._BACK_OFF", 0.05)
+    now = 100.0
+    monkeypatch.setattr("kvswitch.transfer.cpu.time.perf_counter", lambda: now)
     queue = backend.open_queue(Direction.OUT)
     src, dst = np.ones((2, 100), np.uint8)
     for i in range(4):
         queue.copy(copies(src, dst, (0, 0, 100)), 0, 1)
         if i == 2:
             assert queue.record().wait(PATIENCE)
-            time.sleep(0.06)
+            now += 1
     assert queue.record().wait(PATIENCE)
     assert asked == [True, True, False, True]
 

@@ -310,11 +310,11 @@ from kvswitch.messages import Direction, Transfer
 from kvswitch.transfer import CpuBackend, TransferEngine, layout_of
 atexit.register(lambda: print(ticket.done, ticket.error))  # runs after what is registered later
 device, host = np.ones((2, 64, 1 << 16), np.uint8)
-engine = TransferEngine(CpuBackend(bandwidth=20e6), layout_of(device), layout_of(host),
+engine = TransferEngine(CpuBackend(bandwidth=2e6), layout_of(device), layout_of(host),
                         window_bytes=1 << 18)
 ticket = engine.submit(Transfer(0, Direction.OUT, np.array([[0, 0, 64]], np.int32)))
 """
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, timeout=PATIENCE, check=False
+        [sys.executable, "-c", script], capture_output=True, timeout=240, check=False
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, b"True transfer 0 was cancelled\n", b"")

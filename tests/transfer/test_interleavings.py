@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from typing import Any
 
 import hypothesis.strategies as st
@@ -238,6 +239,8 @@ def test_submitting_and_cancelling_race_with_closing(seed: int, chaos: Any) -> N
     for thread in threads:
         thread.start()
     refused.wait(0.02 + 0.02 * seed)
+    while not tickets:
+        time.sleep(0.001)
     engine.close()
     for thread in threads:
         thread.join(PATIENCE)

@@ -106,7 +106,7 @@ def scenario(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         name: str,
         *,
         config: dict[str, Any] | str | None = None,
-        timeout: float = 240,
+        timeout: float = 600,
         **arguments: Any,
     ) -> dict[str, Any]:
         return results([Run(name, config, {}, arguments, tmp_path / "log")], timeout)[0]
@@ -119,7 +119,7 @@ def on_two_ranks(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Run a function of the scenes on two tensor-parallel ranks; what each of them returns."""
 
     def run(
-        name: str, *, config: dict[str, Any], timeout: float = 240, **arguments: Any
+        name: str, *, config: dict[str, Any], timeout: float = 600, **arguments: Any
     ) -> list[dict[str, Any]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

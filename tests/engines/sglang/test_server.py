@@ -20,7 +20,7 @@ import pytest
 import requests
 from harness import prompts
 
-PATIENCE = 150.0  # seconds for the server to come up on a busy machine
+PATIENCE = 300.0  # seconds for the server to come up on a busy machine
 
 
 def free_port() -> int:
@@ -117,6 +117,14 @@ def metric(url: str, name: str) -> float:
     return sum(values)
 
 
+def flush(url: str) -> None:
+    """Empty the prefix cache; refused while SGLang still has the last request to put away."""
+    end = time.monotonic() + 60
+    while requests.post(f"{url}/flush_cache", timeout=60).status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def stream(url: str, *given: Any, most: int | None = None) -> list[int]:
     """Read the answer as it comes, and go away after so many pieces of it."""
     tokens: list[int] = []
@@ -131,12 +139,12 @@ def stream(url: str, *given: Any, most: int | None = None) -> list[int]:
     return tokens
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_server_switches_for_real_clients(models: Path, tmp_path: Path) -> None:
     given = prompts(6, 21, 60, 120)
     with serving(models, tmp_path / "log") as (url, process):
         alone = [generate(url, p, 100, 0) for p in given]
-        assert requests.post(f"{url}/flush_cache", timeout=20).status_code == 200
+        flush(url)
         assert all_at_once(url, given, 100) == alone
         switched = metric(url, "switches_out")
         assert switched > 0
@@ -158,7 +166,7 @@ def test_a_server_switches_for_real_clients(models: Path, tmp_path: Path) -> Non
 
         with ThreadPoolExecutor() as pool:  # it dies in the midst of this
             pending = [pool.submit(generate, url, prompt, 600, 0) for prompt in given]
-            time.sleep(1)
+            time.sleep(0.5)
             assert process.poll() is None
             os.killpg(process.pid, signal.SIGKILL)
             assert all(each.exception() for each in pending)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -67,8 +69,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
         said = log.read_text()  # what vLLM says when it is shut down is another matter
     finally:
-        process.terminate()
-        process.wait(60)
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, how)
+                process.wait(60)
+                break
     assert "Traceback" not in said
 
 
@@ -93,7 +98,7 @@ def ask(url: str, i: int, tokens: int = 100, **more: Any) -> str:
 
 
 def metrics(url: str) -> dict[str, float]:
-    with urlopen(f"{url}/metrics", timeout=10) as answer:
+    with urlopen(f"{url}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     found = re.findall(r"^(kvswitch_\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in found}
@@ -123,7 +128,7 @@ def test_eight_clients_with_changing_priorities(server: str) -> None:
     assert counted["kvswitch_bytes_in_total"] > 0
     assert counted["kvswitch_transfers_failed_total"] == 0
     assert "kvswitch_host_usage" in counted
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while metrics(server)["kvswitch_held_blocks"] > 0:
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -89,7 +89,7 @@ def layers() -> dict[str, Any]:
     """A forward begins before its load has ended, and waits layer by layer."""
     import kvswitch_sglang.switching as module
 
-    backend = CpuBackend(bandwidth=2e7)
+    backend = CpuBackend(bandwidth=4e6)
     module.make_backend = lambda *args, **kwargs: backend
     server = Server(TINY)
     given = prompts(2, 13, 600, 601)
