@@ -13,7 +13,7 @@ One file, though a long one: verbs, orders and ends of transfers change the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -295,15 +295,24 @@ class EngineSwapManager(OrderList):
         self.set_priority(owner, _LEAST)
         self._retired(owner)
 
-    def send_idle(self) -> None:
+    @property
+    def may_send_idle(self) -> bool:
+        """Whether some that have ended wait to be sent, and nothing else goes out."""
+        return bool(self._idle and not self._out)
+
+    def send_idle(self, written: Container[int] = ()) -> None:
         """Send one that has ended (`retire`) if nothing else goes out.
 
-        To be called while all that has keys in the engine's pool has been computed, or will be by a
-        forward that has begun: not between the planning of a step and its orders.
+        Parameters
+        ----------
+        written : container of int
+            Blocks that the step's forward writes. The engine's pool may have their keys already.
         """
-        while self._idle and not self._out:
-            first = next(iter(self._idle))
-            self._stats.idle_copies += self._send_retired(self._idle.pop(first))
+        while self.may_send_idle:
+            idle = self._idle.pop(next(iter(self._idle)))
+            there = next((i for i, b in enumerate(idle.blocks) if b in written), len(idle.blocks))
+            del idle.blocks[there:], idle.keys[there:]
+            self._stats.idle_copies += self._send_retired(idle)
 
     def send_ended(self, owner: Hashable) -> None:
         """`owner` has ended (`retire`) and its blocks are about to go: send them now."""

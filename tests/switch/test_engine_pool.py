@@ -224,6 +224,20 @@ def test_what_was_used_again_is_not_sent() -> None:
     assert world.planner.stats().blocks_out == 0
 
 
+def test_what_the_step_writes_is_not_sent_though_its_key_is_right() -> None:
+    """Engines name blocks when they plan to fill them: until then something else is in them."""
+    world = World()
+    blocks, keys = world.pool.take(3), ["x", "y", "z"]
+    world.write(blocks, "a", keys)
+    world.planner.retire("a", 12, blocks, keys)
+    world.planner.send_idle({blocks[1]})
+    world.pool.release(blocks)
+    world.rest()
+    assert world.planner.reach("b", keys) == 4
+    assert world.planner.stats().blocks_out == 1
+    assert len(world.pool.free) == 16
+
+
 def two_leave(world: World) -> None:
     """`a` and `b` have the same three full blocks, `b` another one, and leave in one step."""
     keys = ["x", "y", "z"]

@@ -129,15 +129,6 @@ class Planning:
             return done
 
         manager.reset_prefix_cache = reset_prefix_cache
-        new_step_starts = manager.new_step_starts
-
-        def step_starts() -> None:
-            # vLLM names blocks by their content when it gives them out, before that is computed.
-            if self._scheduler is None:
-                self.planner.send_idle()
-            new_step_starts()
-
-        manager.new_step_starts = step_starts
 
     def attach_scheduler(self, scheduler: Any) -> None:
         """From now on `scheduler` tells of preemptions before they take place."""
@@ -288,6 +279,8 @@ class Planning:
         if not (self.planner.busy or self._lost):
             self._stepped = started if self._running else 0.0
             return StepOrders()
+        if self.planner.may_send_idle:
+            self.planner.send_idle(self._written(output))
         orders, owners = self.planner.orders()
         loads = {}
         for transfer in orders.transfers:
@@ -305,6 +298,22 @@ class Planning:
         if not (orders.transfers or orders.cancel or orders.wait or lost):
             return StepOrders(idle=idle)
         return StepOrders(encode(orders), loads, lost, idle)
+
+    def _written(self, output: Any) -> set[int]:
+        """Blocks that a step's forward writes.
+
+        vLLM names a block by its content when it plans to fill it; that is computed only then.
+        """
+        cached = output.scheduled_cached_reqs
+        begins = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        begins.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        written: set[int] = set()
+        for name, begin in begins.items():
+            first = begin // self.block_tokens
+            last = -(-(begin + output.num_scheduled_tokens[name]) // self.block_tokens)
+            table = self._manager.get_blocks(name).blocks[0]
+            written.update(block.block_id for block in table[first:last])
+        return written
 
     def _observe_step(self, now: float) -> None:
         if self._stepped:

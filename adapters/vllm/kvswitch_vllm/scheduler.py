@@ -50,6 +50,10 @@ class SwitchMixin(_Scheduler):
         self._priorities = Priorities(self._planning.settings)
         # What vLLM leaves free beside whoever it admits.
         self._headroom = int(getattr(self.kv_cache_manager, "watermark_blocks", 0))
+        # Tokens of a request in one iteration.
+        self._longest_chunk = (
+            self.scheduler_config.long_prefill_token_threshold or self.max_num_scheduled_tokens
+        )
         self._scheduling = False
         self._in_before: set[str] = set()
         self._copied: set[int] = set()  # in `deferred_frees`, and the host has their content
@@ -82,7 +86,6 @@ class SwitchMixin(_Scheduler):
                 self.max_num_active_reqs = slots
 
     def _begin_iteration(self) -> None:
-        self._planning.planner.send_idle()
         for request in self.running:
             if request.request_id not in self._in_before:
                 self._priorities.entered(request.request_id)
@@ -153,10 +156,10 @@ class SwitchMixin(_Scheduler):
 
     def _switch(self) -> None:
         """Preempt for waiting requests that are more important than running ones."""
-        running = self.running
+        running = [request for request in self.running if not _is_leaving(request)]
         if not running or not isinstance(self.waiting, PriorityRequestQueue):
             return
-        if getattr(getattr(self, "_pause_state", None), "name", "UNPAUSED") != "UNPAUSED":
+        if self._is_paused():
             return  # nobody who waits is admitted
         head = self.waiting.peek_request()
         lowest = max(request.priority for request in running)
@@ -237,16 +240,19 @@ class SwitchMixin(_Scheduler):
         """Blocks that are free, or will be when the forward under way has ended."""
         # Those that are read by a swap-out, too, are among the held ones.
         deferred = sum(int(block.ref_cnt == 1) for block in self._deferred())
-        return self._planning.pool.free_blocks + deferred
+        ending = sum(self._held(request) for request in self.running if _is_leaving(request))
+        return self._planning.pool.free_blocks + deferred + ending
 
     def _deferred(self) -> list[Any]:
         """Blocks of requests that have left while a forward that writes them is under way."""
         return [block for _, blocks in getattr(self, "deferred_frees", ()) for block in blocks]
 
     def _referenced(self) -> Counter[int]:
-        """Blocks by how often they are referenced though no request runs or loads with them."""
+        """Blocks by how often they are referenced by none that goes on running or is loaded."""
         held = Counter(set(self._planning.planner.holds()))
         held.update(block.block_id for block in self._deferred())
+        for request in filter(_is_leaving, self.running):
+            held.update(self.kv_cache_manager.get_block_ids(request.request_id)[0])
         return held
 
     def _need(self, request: Any, held: Counter[int]) -> int:
@@ -276,28 +282,35 @@ class SwitchMixin(_Scheduler):
         planner.give_way(self._growth() - free)
         # While a forward is under way that writes the least important one's blocks, vLLM preempts
         # nobody, and lets all stand still that need some. Without it they are free a step later.
-        if getattr(self, "defer_block_free", False):
+        if getattr(self, "defer_block_free", False) and not self._is_paused():
             while self._growth(steps=2) > self._room():
-                others = sorted(filter(_may_leave, self.running), key=_importance)[1:]
-                if not others:
+                others = [*filter(_may_leave, self.running)]
+                if self.policy == SchedulingPolicy.PRIORITY:
+                    others.sort(key=lambda request: (request.priority, request.arrival_time))
+                if len(others) < 2:
                     return
                 self._take_out(others[-1])
 
     def _growth(self, steps: int = 1) -> int:
         """Blocks that running requests need for their next steps."""
         need = 0
+        budget = steps * self.max_num_scheduled_tokens
         for request in self.running:
             if _is_ending(request):
                 continue
-            tokens = request.num_tokens_with_spec + request.num_output_placeholders + steps - 1
-            most = request.num_computed_tokens + steps * self.max_num_scheduled_tokens
+            begin = request.num_computed_tokens
+            end = min(
+                request.num_tokens_with_spec + request.num_output_placeholders + steps - 1,
+                request.num_prompt_tokens + request.max_tokens - 1,  # the last one's KV is not kept
+                begin + min(budget, steps * self._longest_chunk),
+            )
+            budget -= max(0, end - begin)
             have = len(self.kv_cache_manager.get_blocks(request.request_id).blocks[0])
-            need += max(0, -(-min(tokens, most) // self.block_size) - have)
+            need += max(0, -(-end // self.block_size) - have)
         return need
 
-
-def _importance(request: Any) -> tuple[float, float]:
-    return request.priority, request.arrival_time
+    def _is_paused(self) -> bool:
+        return getattr(getattr(self, "_pause_state", None), "name", "UNPAUSED") != "UNPAUSED"
 
 
 def _may_leave(request: Any) -> bool:
@@ -306,6 +319,11 @@ def _may_leave(request: Any) -> bool:
     What a session of streamed input has got would be lost to vLLM.
     """
     return not (getattr(request, "resumable", False) or _is_ending(request))
+
+
+def _is_leaving(request: Any) -> bool:
+    """Whether a running request's blocks are free when the forward under way has ended."""
+    return _is_ending(request) and not getattr(request, "resumable", False)
 
 
 def _is_ending(request: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvswitch_vllm.scheduler import _may_leave
+from kvswitch_vllm.scheduler import _is_leaving, _may_leave
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -66,6 +66,9 @@ def test_who_ends_anyway_or_is_streamed_to_does_not_leave() -> None:
     assert _may_leave(request(13, 1))
     assert not _may_leave(request(14, 1)), "the forward under way gives its last token"
     assert not _may_leave(request(12, 0, resumable=True))
+    assert _is_leaving(request(14, 1))
+    assert not _is_leaving(request(14, 1, resumable=True)), "a session keeps its blocks"
+    assert not _is_leaving(request(13, 1))
 
 
 def test_slots_are_taken_too(make_engine: Any, random_prompts: Any) -> None:

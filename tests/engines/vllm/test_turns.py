@@ -73,41 +73,51 @@ def test_what_is_sent_of_ended_turns_has_been_computed(
     asynchronous: bool,
     only_connector: bool,
 ) -> None:
-    """vLLM names a block by its content when it gives it out, before the forward computes it.
+    """vLLM names a block by its content when it plans to fill it, before the forward does.
 
-    If an ended turn's block were found by that name between then and the step's orders, what the
-    copy reads would be somebody else's.
+    A copy that found an ended turn's block by that name would read what was there before.
     """
     engine = make_engine(
         {}, blocks=40, asynchronous=asynchronous, only_connector=only_connector, max_num_seqs=3
     )
-    manager = engine.scheduler.kv_cache_manager
-    given_out = sent = False
+    planning, planner = engine.planning, engine.planning.planner
+    schedule, plan, send = engine.scheduler.schedule, planning.step, planner.send_idle
+    names: dict[int, Any] = {}
+    written: set[int] = set()
+    loaded: set[int] = set()  # named when they have landed, at the latest
+    named = sent = 0
 
-    def note(owner: Any, name: str, *, giving: bool) -> None:
-        call = getattr(owner, name)
+    def scheduled(*args: Any) -> Any:
+        names.update((block.block_id, block.block_hash) for block in engine.pool.blocks)
+        return schedule(*args)
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal given_out
-            done = call(*args, **kwargs)
-            given_out = giving
-            return done
+    def step(output: Any) -> Any:
+        nonlocal written, named
+        # Scheduling ahead, it gets to know the last token of a block a step later.
+        before = written if asynchronous else set()
+        written = planning._written(output)
+        loaded.update(block for load in planner._arriving for block in load.blocks)
+        for block in engine.pool.blocks:
+            if block.block_hash not in (None, names[block.block_id]):
+                assert block.block_id in written | loaded | before
+                named += block.block_id in written
+        return plan(output)
 
-        monkeypatch.setattr(owner, name, noted)
-
-    def keep(*args: Any) -> Any:
+    def send_idle(but: Any) -> None:
         nonlocal sent
-        sent = True
-        assert not given_out
-        return found(*args)
+        assert but == written
+        sent += 1
+        send(but)
 
-    found = engine.planning.planner._pool.keep
-    monkeypatch.setattr(engine.planning.planner._pool, "keep", keep)
-    note(manager, "allocate_slots", giving=True)
-    note(engine.planning, "step", giving=False)
-    engine.add_batch(8, 100, 30)
-    engine.run()
-    assert sent
+    monkeypatch.setattr(engine.scheduler, "schedule", scheduled)
+    monkeypatch.setattr(planning, "step", step)
+    monkeypatch.setattr(planner, "send_idle", send_idle)
+    engine.add_batch(8, 100, 60)
+    engine.run(lambda step: engine.core.set_request_priority(f"r{step % 8}", step % 3)
+               if not only_connector and step % 5 == 0 else None)  # fmt: skip
+    assert named >= 20
+    assert sent > 0
+    assert planner.stats().idle_copies > 0
 
 
 def test_turn_that_ends_while_it_is_away_can_be_gone_on_with(
