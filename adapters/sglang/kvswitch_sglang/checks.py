@@ -79,7 +79,10 @@ def check_context(context: Any, settings: Settings) -> None:
     ConfigError
         It says what to leave out.
     """
+    from sglang.srt.environ import envs
+
     given = context.server_args.resolved_dict().get  # what was asked for may not be what is done
+    late_prefill = "SGLANG_DISABLE_CONSECUTIVE_PREFILL_OVERLAP"
     refused = {
         "models with sliding-window attention": context.is_hybrid_swa,
         "models with recurrent state (Mamba, linear attention)": context.is_hybrid_ssm,
@@ -98,6 +101,10 @@ def check_context(context: Any, settings: Settings) -> None:
         "context parallelism": max(given("attn_cp_size") or 1, given("dcp_size") or 1) > 1,
         "prefill/decode disaggregation": given("disaggregation_mode") not in (None, "null"),
         "--enable-pdmux": given("enable_pdmux"),
+        # A request then ends between the planning and the launch of a batch that writes its KV.
+        f"--enable-mixed-chunk with {late_prefill}": (
+            given("enable_mixed_chunk") and getattr(envs, late_prefill).get()
+        ),
         # It takes the KV cache's memory away while copies of what has ended still read it.
         "--enable-memory-saver": given("enable_memory_saver"),
         # They look up, by where a token's KV is, what its forward had found there.

@@ -275,7 +275,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         if owner is None:
             return
         self._allocator.pages.forget(owner)
-        self.switching.drop(owner)
+        self.switching.left(owner)
         self._forget(owner, request)
 
     def _forget(self, owner: Hashable, handle: Hashable) -> None:

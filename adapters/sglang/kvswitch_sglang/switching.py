@@ -205,6 +205,11 @@ class Switching:
         self._left.pop(owner, None)
         self.planner.drop(owner)
 
+    def left(self, owner: Hashable) -> None:
+        """`owner` was aborted while it was away: what is being sent of it is kept for others."""
+        self._left.pop(owner, None)
+        self.planner.leave(owner)
+
     def reset(self) -> None:
         """No copy may be used again, and nothing under way may write any more."""
         self.planner.invalidate_all()

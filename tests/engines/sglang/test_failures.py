@@ -51,6 +51,10 @@ def test_the_host_keeps_what_is_important(scenario: Scenario, important_first: b
     assert found["p1"] < 90
 
 
+def test_what_is_being_sent_is_kept_when_its_request_is_aborted(scenario: Scenario) -> None:
+    assert scenario("failures.abort_while_away", config=MEMORY) == 80
+
+
 def test_aborts_leave_nothing_behind(scenario: Scenario) -> None:
     found = scenario("failures.aborts", config=MEMORY)
     assert found["survived"] >= 5

@@ -106,6 +106,16 @@ def test_what_cannot_work_is_refused_by_name(given: dict[str, Any], message: str
         checks.check_context(context(**given), Settings())
 
 
+def test_mixed_chunks_that_wait_for_the_last_prefill_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks.check_context(context(arg_enable_mixed_chunk=True), Settings())
+    monkeypatch.setenv("SGLANG_DISABLE_CONSECUTIVE_PREFILL_OVERLAP", "1")
+    checks.check_context(context(), Settings())
+    with pytest.raises(ConfigError, match="--enable-mixed-chunk with SGLANG_DISABLE"):
+        checks.check_context(context(arg_enable_mixed_chunk=True), Settings())
+
+
 # Arguments as they are given to SGLang, which may resolve them to others.
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, ""),

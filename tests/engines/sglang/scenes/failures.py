@@ -107,6 +107,30 @@ def room_for_one(important_first: bool) -> dict[str, Any]:
     return reach
 
 
+def abort_while_away() -> int:
+    """One is aborted while it is being sent: how many tokens the next turn finds on the host."""
+    backend = CpuBackend(bandwidth=4e6)
+    kvswitch_sglang.switching.make_backend = lambda *args, **kwargs: backend
+    server = Server(TINY, enable_priority_scheduling=True, max_running_requests=1)
+    away, other = serve(server, prompts(2, 5, 90, 91), 40)
+    while len(away.output_ids) < 5:
+        server.step()
+    keys = server.cache._keys_of(
+        away, away.full_untruncated_fill_ids, 80 // server.scheduler.page_size
+    )
+    server.retract([0])
+    server.step()
+    assert server.switching.planner.under_way
+    server.abort(away.rid)
+    server.step()
+    server.switching.settle()
+    found: int = server.switching.reach("next turn", keys)
+    server.run([other])
+    server.check_idle()
+    server.close()
+    return found
+
+
 def aborts() -> dict[str, Any]:
     """Abort while running, waiting, preempted; the others go on, nothing is left of anybody."""
     server = Server(TINY, max_running_requests=4, enable_priority_scheduling=True)
