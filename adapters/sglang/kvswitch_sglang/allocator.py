@@ -5,7 +5,7 @@ pages are chosen here, on the host, put there in that order, and the rest is SGL
 GPU, pages that are given back are known by number once a small copy to the host has ended that was
 begun when they were. With overlapped scheduling it waits for the forward under way: two passes on,
 the result of that has been processed. Until then such pages count as free, but are taken, and
-waited for, only where others do not suffice.
+waited for, only where others do not suffice. So what a pass will need is evicted a pass ahead.
 """
 
 from __future__ import annotations
@@ -48,10 +48,13 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
     pages : PagePool
     batch : list of (owner, tokens) or None
         For whom the coming allocation is, in its order, and how many tokens it is to add.
+    taken : int
+        Pages taken in this pass.
     """
 
     pages: PagePool
     batch: list[tuple[Hashable, int]] | None
+    taken: int
     page_size: int
     device: Any
     free_pages: torch.Tensor
@@ -62,6 +65,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
             num_pages, first_group=settings.first_group, headroom=settings.headroom
         )
         self.batch = None
+        self.taken = 0
         self._overhead = overhead
         self._pass = 0
         self._staged: deque[_Staged] = deque()
@@ -107,6 +111,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
         self._drain(self.pages.ample(pages))  # what was evicted for it was given back just now
         if pages > self.pages.available:
             return None
+        self.taken += pages
         return self.pages.take([(owner, pages)])
 
     def _choose(self, demands: Sequence[tuple[Hashable, int]]) -> bool:
@@ -115,6 +120,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
             self._drain(total)
             if total > self.pages.available:
                 return False
+            self.taken += total
             self.free_pages = self.indices(self.pages.take(demands))
             return True
 
@@ -135,6 +141,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
     def begin_pass(self) -> None:
         """Begin a scheduling pass."""
         self._pass += 1
+        self.taken = 0
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         with self._overhead:

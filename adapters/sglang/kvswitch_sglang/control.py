@@ -343,7 +343,11 @@ def _around_pass(original: Any, self: Any, running_batch: Any, last_batch: Any) 
     if (control := _control(self.tree_cache)) is not None:
         with control.overhead:
             control.begin_pass(self, running_batch, last_batch)
-    return original(self, running_batch=running_batch, last_batch=last_batch)
+    plan = original(self, running_batch=running_batch, last_batch=last_batch)
+    if control is not None:
+        with control.overhead:
+            self.tree_cache.end_pass()
+    return plan
 
 
 def _around_forward(original: Any, self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

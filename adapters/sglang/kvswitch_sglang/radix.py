@@ -66,6 +66,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         self._private: dict[Hashable, torch.Tensor] = {}
         self._runner = runner
         self._on_cpu = torch.device(runner.device).type == "cpu"
+        self._evicts_ahead = not self._on_cpu
         overlap = not get_schedule().disable_overlap_schedule
         switching = Switching(
             settings,
@@ -87,6 +88,15 @@ class KVSwitchRadixCache(UnifiedRadixCache):
     def begin_pass(self) -> None:
         """Begin a scheduling pass."""
         self._allocator.begin_pass()
+
+    def end_pass(self) -> None:
+        """End a scheduling pass: evict what the next one will need, if it is like this one.
+
+        On a GPU what is evicted in the pass that needs it would have to be waited for, and so the
+        forward under way.
+        """
+        if self._evicts_ahead:
+            evict_from_tree_cache(self, self._allocator.taken * self.page_size)
 
     def _minimum(self, numbers: Any) -> Any:
         tensor = torch.from_numpy(numbers)

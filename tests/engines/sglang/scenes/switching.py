@@ -85,6 +85,30 @@ def wrong_bytes() -> dict[str, Any]:
     return {"same": [a == b for a, b in zip(found, expected, strict=True)]}
 
 
+def ahead(evicts_ahead: bool) -> dict[str, Any]:
+    """Prompts one after another, and a full tree: which passes had to evict for themselves."""
+    server = Server(TINY)
+    given = prompts(24, 17, 200, 210)
+    expected, _ = reference(server, given, 4)
+    server.cache._evicts_ahead = evicts_ahead
+    allocator = server.scheduler.token_to_kv_pool_allocator
+    evict, short = allocator.evict_to_free_tokens, []
+
+    def evict_to_free_tokens(cache: Any, tokens: int) -> Any:
+        if allocator.batch is not None:
+            short.append(tokens > allocator.available_size())
+        return evict(cache, tokens)
+
+    allocator.evict_to_free_tokens = evict_to_free_tokens
+    found = []
+    for number, prompt in enumerate(given):
+        found += server.run(serve(server, [prompt], 4, 100 + number))
+        server.check()
+    server.check_idle()
+    server.close()
+    return {"same": found == expected, "passes": len(short), "short": sum(short)}
+
+
 def layers() -> dict[str, Any]:
     """A forward begins before its load has ended, and waits layer by layer."""
     import kvswitch_sglang.switching as module
