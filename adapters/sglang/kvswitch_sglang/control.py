@@ -55,6 +55,8 @@ class Control:
     cache : KVSwitchRadixCache
     switching : Switching
     settings : Settings
+    overlap : bool
+        Whether a batch is planned while the one before it is under way.
 
     Attributes
     ----------
@@ -64,7 +66,9 @@ class Control:
         Of the cache's `Switching`.
     """
 
-    def __init__(self, cache: Any, switching: Switching, settings: Settings) -> None:
+    def __init__(
+        self, cache: Any, switching: Switching, settings: Settings, *, overlap: bool
+    ) -> None:
         self._cache = cache
         self._switching = switching
         self.overhead = switching.overhead
@@ -77,6 +81,7 @@ class Control:
         self._owners: dict[Hashable, Hashable] = {}  # by SGLang's handles
         self._requests: dict[Hashable, Any] = {}  # those with priorities
         self._lost: dict[Hashable, Any] = {}  # their load has failed
+        self._overlap = overlap
         self._ran: Any = None  # the newest batch that was run, which will be the last one
         self.running = 0
 
@@ -184,12 +189,18 @@ class Control:
         victims = self._victims(adder, req)
         if not victims:
             return False
-        most = adder.rem_total_tokens + sum(
-            adder._get_running_request_total_token_offset(r) + r.kv.kv_committed_len
-            for r in victims
-        )
-        if most <= need:
+
+        def tokens_of(requests: list[Any]) -> int:
+            return sum(
+                adder._get_running_request_total_token_offset(r) + r.kv.kv_committed_len
+                for r in requests
+            )
+
+        if adder.rem_total_tokens + tokens_of(victims) <= need:
             return False
+        ending = self._ending(batch)
+        if ending and slots + len(ending) > 0 and adder.rem_total_tokens + tokens_of(ending) > need:
+            return False  # it fits when these have gone, in the next pass
         leaving: list[Any] = []
         for victim in victims:
             if slots > 0 and adder.rem_total_tokens > need:
@@ -208,6 +219,17 @@ class Control:
             batch.batch_is_full = False
             adder.preempt_list.extend(leaving)
         return bool(slots > 0 and adder.rem_total_tokens > 0)
+
+    def _ending(self, batch: Any) -> list[Any]:
+        """Running requests whose last token is under way (with overlap)."""
+        if self._ran is None or not self._overlap:
+            return []
+        under_way = {id(r) for r in self._ran.reqs}
+        return [
+            r
+            for r in batch.reqs
+            if id(r) in under_way and r.kv.holds_kv and r.next_output_finishes_by_length()
+        ]
 
     def _victims(self, adder: Any, req: Any) -> list[Any]:
         """Running requests that may be preempted for `req`, the least important first."""

@@ -81,7 +81,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
             stream=runner.forward_stream if overlap and not self._on_cpu else None,
         )
         kv_cache.register_layer_transfer_counter(LayerWaits(switching))
-        self.control = Control(self, switching, settings)
+        self.control = Control(self, switching, settings, overlap=overlap)
         self.metrics = Metrics(self, switching) if self._enable_metrics_flag else None
         self.switching = switching
 

@@ -92,6 +92,11 @@ def test_who_is_important_takes_memory_from_others(scenario: Scenario) -> None:
     assert found["recomputed"] == 0
 
 
+def test_nobody_is_preempted_beside_one_whose_last_token_is_under_way(scenario: Scenario) -> None:
+    found = scenario("scheduling.last_token_under_way", config=MEMORY)
+    assert found == {"same": True, "passes": 2, "preempted": 0}
+
+
 def test_who_shares_a_prefix_with_the_tree_takes_memory_too(scenario: Scenario) -> None:
     found = scenario(
         "scheduling.preemption_with_a_prefix", config={**MEMORY, "epoch": 4, "quantum": 0}

@@ -177,6 +177,31 @@ def preemption_for_memory() -> dict[str, Any]:
     }
 
 
+def last_token_under_way() -> dict[str, Any]:
+    """An important one comes when one of two that run has its last token under way."""
+    server = Server(TINY, overlap=True, max_running_requests=2, enable_priority_scheduling=True)
+    given = prompts(3, 23)
+    expected, _ = reference(server, given, 30, together=2)
+    ending = server.submit("ending", given[0], 15, priority=1)
+    going_on = server.submit("going on", given[1], 30, priority=0)
+    while len(ending.output_ids) < 14:
+        server.step()
+    assert ending in server.scheduler.last_batch.reqs
+    came = server.submit("came", given[2], 30, priority=5)
+    passes = 0
+    while not came.kv.holds_kv:
+        server.step()
+        passes += 1
+    found = server.run([ending, going_on, came])
+    server.check_idle()
+    server.close()
+    return {
+        "same": found == [expected[0][:15], *expected[1:]],
+        "passes": passes,
+        "preempted": going_on.retraction_count,
+    }
+
+
 def preemption_with_a_prefix() -> dict[str, Any]:
     """What the tree has of an important request is not memory that it can have."""
     server = Server(
