@@ -3,15 +3,16 @@
 All of SGLang's kernels take pages from the front of ``free_pages``, request after request. So the
 pages are chosen here, on the host, put there in that order, and the rest is SGLang's own code. On a
 GPU, pages that are given back are known by number once a small copy to the host has ended that was
-begun when they were. With overlapped scheduling it waits for the forward under way: two passes on,
-the result of that has been processed. Until then such pages count as free, but are taken, and
-waited for, only where others do not suffice. So what a pass will need is evicted a pass ahead.
+begun when they were; pages of requests that have ended, too. With overlapped scheduling it waits
+for the forward under way: two passes on, the result of that has been processed. Until then pages
+given back count as free, but are taken, and waited for, only where others do not suffice. So what
+a pass will need is evicted a pass ahead.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -33,11 +34,13 @@ __all__ = ["GroupPagedAllocator", "GroupTokenAllocator", "take_over"]
 
 
 class _Staged(NamedTuple):
-    """Pages that have been given back, on their way to the host."""
+    """Numbers on their way from the device to the host."""
 
-    number: int  # of the pass in which they were
-    pages: torch.Tensor
+    number: int  # of the pass that has sent them
+    ids: torch.Tensor
     copied: Any
+    then: Callable[[BlockIds], None]
+    given: int  # pages that are free, in SGLang's eyes
 
 
 class GroupMixin(BaseTokenToKVPoolAllocator):
@@ -48,12 +51,15 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
     pages : PagePool
     batch : list of (owner, tokens) or None
         For whom the coming allocation is, in its order, and how many tokens it is to add.
+    late : bool
+        Whether page numbers come from a device, and are known here only later.
     taken : int
         Pages taken in this pass.
     """
 
     pages: PagePool
     batch: list[tuple[Hashable, int]] | None
+    late: bool
     taken: int
     page_size: int
     device: Any
@@ -65,6 +71,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
             num_pages, first_group=settings.first_group, headroom=settings.headroom
         )
         self.batch = None
+        self.late = torch.device(self.device).type != "cpu"
         self.taken = 0
         self._overhead = overhead
         self._pass = 0
@@ -76,7 +83,7 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
 
     def available_size(self) -> int:
         """Tokens that are free."""
-        staged = sum(len(given.pages) for given in self._staged)
+        staged = sum(each.given for each in self._staged)
         return (self.pages.available + staged) * self.page_size
 
     def get_all_free_pages(self) -> torch.Tensor:
@@ -142,30 +149,43 @@ class GroupMixin(BaseTokenToKVPoolAllocator):
         """Begin a scheduling pass."""
         self._pass += 1
         self.taken = 0
+        self._drain(0)
+
+    def settle(self) -> None:
+        """Wait for all that is on its way to the host."""
+        self._drain()
+
+    def later(self, ids: torch.Tensor, then: Callable[[BlockIds], None], *, given: int = 0) -> None:
+        """Call `then` with numbers that are on the device once they are known here, in order."""
+        self._staged.append(_Staged(self._pass, *self._to_host(ids), then, given))
+
+    @staticmethod
+    def _to_host(ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        host.copy_(ids, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return host, copied
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         with self._overhead:
             for ids in page_ids:
-                if ids.device.type == "cpu":
+                if self.late:
+                    self.later(ids, self.pages.give, given=len(ids))
+                else:
                     self.pages.give(ids.numpy().astype(np.int32))
-                    continue
-                host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-                host.copy_(ids, non_blocking=True)
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record()
-                self._staged.append(_Staged(self._pass, host, copied))
 
     def _drain(self, pages: int | None = None) -> None:
-        """Take note of what has been given back: long ago, or until `pages` are free; None: all."""
+        """Take note of what was sent long ago, or until `pages` are free; None: of all."""
         staged = self._staged
         while staged and (
             pages is None or staged[0].number < self._pass - 1 or self.pages.available < pages
         ):
-            given = staged.popleft()
+            each = staged.popleft()
             started = perf_counter()
-            given.copied.synchronize()
+            each.copied.synchronize()
             self._overhead.leave_out(perf_counter() - started)
-            self.pages.give(given.pages.numpy().astype(np.int32))
+            each.then(each.ids.numpy().astype(np.int32))
 
 
 class GroupPagedAllocator(GroupMixin, PagedTokenToKVPoolAllocator):

@@ -66,7 +66,6 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         self._private: dict[Hashable, torch.Tensor] = {}
         self._runner = runner
         self._on_cpu = torch.device(runner.device).type == "cpu"
-        self._evicts_ahead = not self._on_cpu
         overlap = not get_schedule().disable_overlap_schedule
         switching = Switching(
             settings,
@@ -95,7 +94,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         On a GPU what is evicted in the pass that needs it would have to be waited for, and so the
         forward under way.
         """
-        if self._evicts_ahead:
+        if self._allocator.late:
             evict_from_tree_cache(self, self._allocator.taken * self.page_size)
 
     def _minimum(self, numbers: Any) -> Any:
@@ -127,9 +126,13 @@ class KVSwitchRadixCache(UnifiedRadixCache):
 
     def _row(self, req: Any, tokens: int) -> BlockIds:
         """Pages of a request's first `tokens` tokens."""
-        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : tokens : self.page_size]
-        pages: BlockIds = (row.cpu().numpy() // self.page_size).astype(np.int32)
+        pages: BlockIds = self._slots(req, tokens).cpu().numpy().astype(np.int32) // self.page_size
         return pages
+
+    def _slots(self, req: Any, tokens: int) -> Any:
+        """First slots of these pages, on the device."""
+        table = self.req_to_token_pool.req_to_token
+        return table[req.kv.req_pool_idx, : tokens : self.page_size].contiguous()
 
     # -- coming ------------------------------------------------------------------------------------
 
@@ -271,7 +274,14 @@ class KVSwitchRadixCache(UnifiedRadixCache):
         if kept and self.switchable(req):
             tokens = req.kv.cache_protected_len
             keys = self._keys_of(req, req.full_untruncated_fill_ids, tokens // self.page_size)
-            switching.ended(owner, self._row(req, tokens), keys)
+            if self._allocator.late:
+                # Nobody waits for them, and the stream would have to wait for the forward.
+                self._allocator.later(
+                    self._slots(req, tokens),
+                    lambda slots: switching.ended(owner, slots // self.page_size, keys),
+                )
+            else:
+                switching.ended(owner, self._row(req, tokens), keys)
         else:
             switching.drop(owner)
         self._forget(owner, req.cache_request_handle)
@@ -295,6 +305,7 @@ class KVSwitchRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         """No copy made before may be used after it (cache flushed, weights changed)."""
         if self.switching is not None:
+            self._allocator.settle()
             self.switching.reset()
             self._private.clear()
         super().reset()

@@ -246,9 +246,9 @@ class Server:
 
         s = self.scheduler
         self.cache.evict(EvictParams(num_tokens=10**9))
+        pages = s.token_to_kv_pool_allocator.get_all_free_pages()
         if getattr(self.cache, "switching", None) is not None:
             self.switching.settle()
-        pages = s.token_to_kv_pool_allocator.get_all_free_pages()
         slots = (pages[:, None] * s.page_size + torch.arange(s.page_size)).reshape(-1)
         pool = s.token_to_kv_pool_allocator.get_kvcache()
         for buffer in (*pool.k_buffer, *pool.v_buffer):

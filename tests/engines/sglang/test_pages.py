@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from kvswitch.errors import IntegrityError
 from kvswitch.messages import BlockIds
 from kvswitch_sglang import overhead
-from kvswitch_sglang.allocator import GroupTokenAllocator, _Staged
+from kvswitch_sglang.allocator import GroupTokenAllocator
 from kvswitch_sglang.overhead import Overhead
 from kvswitch_sglang.pages import NOBODY, PagePool
 from kvswitch_sglang.settings import Settings
@@ -170,6 +171,11 @@ class Copy:
         self.waited = True
 
 
+def stage(allocator: GroupTokenAllocator, ids: Any, copied: Copy) -> None:
+    allocator._to_host = lambda ids: (ids, copied)  # type: ignore[method-assign]
+    allocator.later(ids, allocator.pages.give, given=len(ids))
+
+
 def test_pages_on_their_way_to_the_host_are_waited_for_two_passes_later_or_when_needed() -> None:
     allocator: GroupTokenAllocator = object.__new__(GroupTokenAllocator)
     allocator.page_size, allocator.device = 1, "cpu"
@@ -180,7 +186,7 @@ def test_pages_on_their_way_to_the_host_are_waited_for_two_passes_later_or_when_
 
     def give(first: int, last: int) -> Copy:
         copied = Copy()
-        allocator._staged.append(_Staged(allocator._pass, given[first:last], copied))
+        stage(allocator, given[first:last], copied)
         return copied
 
     early = give(0, 2)
@@ -209,7 +215,7 @@ def test_a_load_waits_for_what_was_evicted_for_it_where_other_pages_are_short_ru
     pages = allocator.free_pages
     allocator.pages.give(pages[:8:2].numpy().astype(np.int32))
     evicted = Copy()
-    allocator._staged.append(_Staged(allocator._pass, pages[8:12], evicted))
+    stage(allocator, pages[8:12], evicted)
     assert allocator.ample(1) == 1
     assert not evicted.waited
     assert allocator.ample(3) == 3 + 4

@@ -35,6 +35,19 @@ def test_forced_retractions_change_nothing(
     assert found["worst"] < 1e-4, "a token computed in another batch differs by rounding only"
 
 
+@pytest.mark.parametrize(("page_size", "overlap"), [(16, True), pytest.param(1, False, marks=slow)])
+def test_nor_do_they_where_page_numbers_are_known_late(
+    scenario: Scenario, page_size: int, overlap: bool
+) -> None:
+    """As they are on a GPU."""
+    found = scenario(
+        "switching.forced", config=MEMORY, page_size=page_size, overlap=overlap, late=True
+    )
+    assert found["retractions"] >= 12
+    assert found["recomputed"] <= (found["retractions"] if overlap else 0)
+    assert found["worst"] < 1e-4
+
+
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_what_is_restored_is_identical_bit_by_bit(scenario: Scenario, page_size: int) -> None:
     found = scenario("switching.exact", config=MEMORY, page_size=page_size)
@@ -58,10 +71,22 @@ def test_the_next_turn_finds_the_last_one_on_the_host(scenario: Scenario, page_s
     assert found["idle_copies"] == 1
 
 
-def test_a_turn_that_has_just_ended_is_sent_before_its_pages_go(scenario: Scenario) -> None:
-    found = scenario("switching.turns", config=MEMORY, page_size=16, idle=False)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_turn_that_has_just_ended_is_sent_before_its_pages_go(
+    scenario: Scenario, late: bool
+) -> None:
+    found = scenario("switching.turns", config=MEMORY, page_size=16, idle=False, late=late)
     assert found["idle_copies"] == 0
     assert found["history"] - 17 < found["loaded"] <= found["history"] - 1
+    assert found["foreign"] == 0
+    assert found["flushed"] == 0
+
+
+def test_what_ended_before_a_flush_is_not_sent_after_it_though_its_pages_are_known_late(
+    scenario: Scenario,
+) -> None:
+    found = scenario("switching.known_late", config=MEMORY)
+    assert found == {"sent": 1, "flushed": 0, "found": 0}
 
 
 def test_short_turns_that_have_ended_make_room_for_a_context_in_few_runs(

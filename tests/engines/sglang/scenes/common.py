@@ -15,6 +15,21 @@ TINY = str(Path(os.environ["KVSWITCH_MODELS"]) / "tiny")
 Seen = dict[str, torch.Tensor]
 
 
+class _Known:
+    """A copy to the host that has ended."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+def know_pages_late(server: Server) -> None:
+    """Let page numbers be known two passes later, as where they come from a GPU."""
+    allocator = server.scheduler.token_to_kv_pool_allocator
+    allocator.late = True
+    allocator.debug_mode = False  # which would ask for all free pages, again and again
+    allocator._to_host = lambda ids: (ids.clone(), _Known())
+
+
 def serve(
     server: Server, given: list[list[int]], tokens: int, first: int = 0, **more: Any
 ) -> list[Any]:

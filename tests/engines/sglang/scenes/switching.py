@@ -10,12 +10,15 @@ import torch
 from harness import Server, prompts
 
 from kvswitch.transfer import CpuBackend
-from scenes.common import TINY, Seen, compare, reference, remember, serve
+from kvswitch_sglang.control import owner_of
+from scenes.common import TINY, Seen, compare, know_pages_late, reference, remember, serve
 
 
-def forced(page_size: int, overlap: bool) -> dict[str, Any]:
+def forced(page_size: int, overlap: bool, late: bool = False) -> dict[str, Any]:
     """Retract some again and again, with all free pages NaN; tokens and bytes stay the same."""
-    server = Server(TINY, page_size=page_size, overlap=overlap)
+    server = Server(TINY, page_size=page_size, overlap=overlap, check=not late)
+    if late:
+        know_pages_late(server)
     given = prompts(8)
     expected, before = reference(server, given, 60, look=40)
     requests = serve(server, given, 60)
@@ -85,6 +88,40 @@ def wrong_bytes() -> dict[str, Any]:
     return {"same": [a == b for a, b in zip(found, expected, strict=True)]}
 
 
+def known_late() -> dict[str, Any]:
+    """Two turns end. One is sent when its pages are known; the other was flushed before that."""
+    server = Server(TINY, check=False)  # which would wait for all pages
+    know_pages_late(server)
+    allocator = server.scheduler.token_to_kv_pool_allocator
+
+    def turn(name: str, prompt: list[int]) -> Any:
+        req = server.submit(name, prompt, 10)
+        while not req.finished():
+            server.step()
+        server.step()  # SGLang puts it away
+        assert allocator._staged
+        return req
+
+    def rest() -> int:
+        for _ in range(8):
+            server.step()
+        server.switching.settle()
+        return int(server.switching.stats().idle_copies)
+
+    one, other = prompts(2, 29, 100, 101)
+    turn("sent", one)
+    sent = rest()
+    req = turn("flushed", other)
+    keys = server.cache._keys_of(req, req.full_untruncated_fill_ids, 6)
+    server.cache._keys.forget(owner_of(req))
+    assert server.scheduler.flush_cache()
+    flushed = rest() - sent
+    found = server.switching.reach("another", keys)
+    server.check_idle()
+    server.close()
+    return {"sent": sent, "flushed": flushed, "found": found}
+
+
 def ahead() -> dict[str, Any]:
     """Prompts one after another, and a full tree: how many passes had to evict for themselves."""
     server = Server(TINY)
@@ -101,7 +138,7 @@ def ahead() -> dict[str, Any]:
     expected, _ = reference(server, given, 4, together=1)
     without = sum(short)
     short.clear()
-    server.cache._evicts_ahead = True
+    know_pages_late(server)
     found = [server.run(serve(server, [prompt], 4, 100 + i))[0] for i, prompt in enumerate(given)]
     server.check_idle()
     server.close()
@@ -242,12 +279,14 @@ def full_host() -> dict[str, Any]:
     return {"loaded": server.switching.stats().blocks_in - before}
 
 
-def turns(page_size: int, idle: bool = True) -> dict[str, Any]:
+def turns(page_size: int, idle: bool = True, late: bool = False) -> dict[str, Any]:
     """The next turn finds the last one on the host, and another request its prefix.
 
     What has ended is sent when there is nothing else to do (`idle`), or when its pages are needed.
     """
-    server = Server(TINY, page_size=page_size)
+    server = Server(TINY, page_size=page_size, check=not late)
+    if late:
+        know_pages_late(server)
     first = prompts(1, 7, 120, 121)[0]
     one = server.submit("one", first, 40)
     (answer,) = server.run([one])
