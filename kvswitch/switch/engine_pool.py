@@ -92,7 +92,6 @@ class _In:
     lease: Lease
     blocks: list[int]
     first: int  # tokens on the device whatever becomes of it
-    tokens: int
     needs: tuple[tuple[Fill, int], ...]
     wait: bool
     transfer: Transfer | None = None
@@ -104,7 +103,6 @@ class _Idle:
     """What is to be sent when nothing else goes out, if it is still there by then."""
 
     owner: Hashable
-    tokens: int
     blocks: list[int]
     keys: list[Hashable]
 
@@ -285,9 +283,7 @@ class EngineSwapManager(OrderList):
         if not full or not self._swap:
             self.drop(owner)
             return
-        self._idle[owner] = _Idle(
-            owner, full * self.block_tokens, list(blocks[:full]), list(keys[:full])
-        )
+        self._idle[owner] = _Idle(owner, list(blocks[:full]), list(keys[:full]))
         self.set_priority(owner, _LEAST)
 
     def leave(self, owner: Hashable) -> None:
@@ -548,7 +544,7 @@ class EngineSwapManager(OrderList):
             and part.fill.first + len(part.fill.blocks) > begin
         )
         self._pool.hold(ids)
-        self._arriving.append(_In(owner, lease, ids, first, tokens, needs, wait))
+        self._arriving.append(_In(owner, lease, ids, first, needs, wait))
 
     def _leave(self, out: _Out) -> None:
         for block in out.blocks:

@@ -196,21 +196,6 @@ def test_retired_is_found_by_its_keys() -> None:
     assert [world.device[b] for b in back] == [("a", 0), ("a", 1)]
 
 
-def test_who_ends_while_it_is_away_leaves_its_copies() -> None:
-    """Its last token was under way when it left: what is being sent then is found by its keys."""
-    world = World()
-    blocks, keys = world.pool.take(3), ["x", "y", "z"]
-    world.write(blocks, "a", keys)
-    leave(world, "a", blocks, keys=keys)
-    world.orders()
-    world.planner.leave("a")
-    world.planner.leave("unknown")
-    world.rest()
-    assert "a" not in world.planner.copies
-    assert world.planner.reach("b", keys) == 12
-    assert len(world.pool.free) == 16
-
-
 def test_what_was_used_again_is_not_sent() -> None:
     """An idle swap-out holds nothing until its turn comes: memory that is needed goes first."""
     world = World(device=3)
@@ -222,20 +207,6 @@ def test_what_was_used_again_is_not_sent() -> None:
     world.rest()
     assert world.planner.reach("c", keys) == 0
     assert world.planner.stats().blocks_out == 0
-
-
-def test_what_the_step_writes_is_not_sent_though_its_key_is_right() -> None:
-    """Engines name blocks when they plan to fill them: until then something else is in them."""
-    world = World()
-    blocks, keys = world.pool.take(3), ["x", "y", "z"]
-    world.write(blocks, "a", keys)
-    world.planner.retire("a", 12, blocks, keys)
-    world.planner.send_idle({blocks[1]})
-    world.pool.release(blocks)
-    world.rest()
-    assert world.planner.reach("b", keys) == 4
-    assert world.planner.stats().blocks_out == 1
-    assert len(world.pool.free) == 16
 
 
 def two_leave(world: World) -> None:

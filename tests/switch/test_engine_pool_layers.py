@@ -144,6 +144,36 @@ def test_what_has_ended_is_sent_when_its_blocks_are_about_to_go(
     planner.check_integrity()
 
 
+def test_what_the_step_writes_is_not_sent_though_its_key_is_right(
+    planner: EngineSwapManager, pool: Pool
+) -> None:
+    """Engines name blocks when they plan to fill them: until then something else is in them."""
+    keys = ["x", "y", "z"]
+    pool.content.update(zip([1, 2, 3], keys, strict=True))
+    planner.retire("a", 12, [1, 2, 3], keys)
+    planner.send_idle({2})
+    orders, _ = planner.orders()
+    assert moved(orders, OUT) == [1]
+    finish(planner, completed=planner.under_way)
+    assert planner.reach("later", keys) == 4
+    assert sum(pool.held.values()) == 0
+
+
+def test_who_ends_while_it_is_away_leaves_its_copies(planner: EngineSwapManager) -> None:
+    """Its last token was under way when it left: what is being sent then is found by its keys."""
+    keys = ["x", "y"]
+    planner.swap_out("a", 8, [1, 2], keys=keys)
+    orders, _ = planner.orders()
+    planner.leave("a")
+    planner.leave("unknown")
+    later, _ = planner.orders()
+    assert later.cancel == ()
+    finish(planner, completed=[transfer.id for transfer in orders.transfers])
+    assert "a" not in planner.copies
+    assert planner.reach("later", keys) == 8
+    planner.check_integrity()
+
+
 def test_holds_are_those_of_all_transfers(planner: EngineSwapManager, pool: Pool) -> None:
     away(planner, "a", 8, [1, 2])
     planner.swap_in("a", 0, 8, [5, 6])

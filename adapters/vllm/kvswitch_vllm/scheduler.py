@@ -314,9 +314,9 @@ class SwitchMixin(_Scheduler):
 
 
 def _may_leave(request: Any) -> bool:
-    """Whether preempting a running request makes sense: nobody waits for the user, or is through.
+    """Whether a running request may be preempted.
 
-    What a session of streamed input has got would be lost to vLLM.
+    Not if it ends anyway; nor a session of streamed input, which vLLM would lose.
     """
     return not (getattr(request, "resumable", False) or _is_ending(request))
 

@@ -86,7 +86,7 @@ def test_what_ended_before_a_flush_is_not_sent_after_it_though_its_pages_are_kno
     scenario: Scenario,
 ) -> None:
     found = scenario("switching.known_late", config=MEMORY)
-    assert found == {"sent": 1, "flushed": 0, "found": 0}
+    assert found == {"sent": 1, "pending": 0, "flushed": 0, "found": 0}
 
 
 def test_short_turns_that_have_ended_make_room_for_a_context_in_few_runs(

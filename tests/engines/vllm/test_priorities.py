@@ -55,6 +55,25 @@ def test_nobody_stands_still_beside_less_important_ones(
     engine.run()
 
 
+def test_nobody_leaves_beside_one_whose_last_token_is_under_way(
+    make_engine: Any, random_prompts: Any
+) -> None:
+    engine = make_engine({"quantum": 0}, asynchronous=True, max_num_seqs=2)
+    ending, going_on, came = random_prompts(3, 50)
+    engine.add("ending", ending, 15, priority=1)
+    engine.add("going on", going_on, 60, priority=2)
+    first = next(iter(engine.scheduler.requests.values()))
+    while not _is_leaving(first):
+        assert not first.is_finished()
+        engine.step()
+    engine.add("came", came, 10, priority=0)
+    for _ in range(4):
+        engine.step()
+    assert engine.tokens.get("came")
+    assert engine.stats.preemptions == 0
+    engine.run()
+
+
 def test_who_ends_anyway_or_is_streamed_to_does_not_leave() -> None:
     def request(computed: int, ahead: int, *, resumable: bool = False) -> Any:
         return SimpleNamespace(

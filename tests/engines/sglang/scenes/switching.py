@@ -114,12 +114,14 @@ def known_late() -> dict[str, Any]:
     req = turn("flushed", other)
     keys = server.cache._keys_of(req, req.full_untruncated_fill_ids, 6)
     server.cache._keys.forget(owner_of(req))
+    server.cache.reset()
+    pending = len(allocator._staged) + len(server.switching.planner._idle)
     assert server.scheduler.flush_cache()
     flushed = rest() - sent
     found = server.switching.reach("another", keys)
     server.check_idle()
     server.close()
-    return {"sent": sent, "flushed": flushed, "found": found}
+    return {"sent": sent, "pending": pending, "flushed": flushed, "found": found}
 
 
 def ahead() -> dict[str, Any]:
